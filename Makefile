@@ -1,0 +1,36 @@
+# make train   sets up .venv, builds, trains:  make train ARGS="--depth 56 --recipe paper"
+# make test    sets up .venv, builds, runs the tests
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+.PHONY: train test sanitize lint build clean
+
+train: .venv/plot.stamp
+	$(BIN)/python examples/cifar_resnet.py $(ARGS)
+
+test: .venv/test.stamp
+	$(BIN)/python -m pytest -q $(ARGS)
+
+sanitize: .venv/test.stamp .venv/dev.stamp
+	tests/sanitize/run $(BIN)/python
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+build: .venv/dev.stamp  # a wheel and a source distribution in dist/
+	$(BIN)/python -m build
+
+clean:
+	rm -rf .venv build dist *.egg-info tinyres/*.so
+
+# Installs the package in place with the extra plot, test or dev; again only if the extension may have changed.
+.venv/%.stamp: $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv

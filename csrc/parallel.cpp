@@ -1,0 +1,249 @@
+// A caller publishes a job; it and the workers pick chunks until none is left. Picking is one compare-and-swap on
+// `state_`, which carries the job's generation and its next chunk: a worker that comes late, or was suspended between
+// looking and picking, fails that swap and touches nothing. So the caller can finish a job alone and waits for nothing
+// but chunks that somebody else is computing: a busy second core costs speed, never a stall.
+#include "parallel.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+namespace tinyres {
+namespace {
+
+constexpr int MAX_THREADS = 256;
+constexpr i64 MAX_CHUNKS = INT32_MAX;
+
+// Long enough to bridge the Python between two kernels, short enough not to be noticed by anybody else.
+constexpr std::chrono::microseconds SPIN{50};
+
+int available_cpus() {
+#ifdef __linux__
+  for (int cpus = 1024; cpus <= 1 << 20; cpus *= 2) {  // the kernel refuses a set smaller than its own
+    cpu_set_t* set = CPU_ALLOC(cpus);
+    const std::size_t bytes = CPU_ALLOC_SIZE(cpus);
+    const int count = set && sched_getaffinity(0, bytes, set) == 0 ? CPU_COUNT_S(bytes, set) : 0;
+    if (set) CPU_FREE(set);
+    if (count > 0) return count;
+  }
+#endif
+  return std::max(1, int(std::thread::hardware_concurrency()));
+}
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+template <class Condition>
+bool spin_until(const Condition& condition) {
+  const auto end = std::chrono::steady_clock::now() + SPIN;
+  do {
+    for (int i = 0; i < 32; i++) {
+      if (condition()) return true;
+      relax();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return condition();
+}
+
+// Sleeping until a condition holds that another thread brings about without holding the mutex: the sleeper raises the
+// flag before it looks, the other one looks at the flag after its change.
+class Sleeper {
+ public:
+  template <class Condition>
+  void sleep_until(const Condition& condition) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    asleep_ = true;
+    wake_.wait(lock, condition);
+    asleep_ = false;
+  }
+
+  void wake() {
+    if (!asleep_) return;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+    }
+    wake_.notify_one();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<bool> asleep_{false};
+};
+
+class Pool {
+ public:
+  // False if the pool serves another call; then nothing has been run.
+  bool run(i64 chunks, int threads, void (*fn)(void*, i64), void* context) {
+    if (busy_.exchange(true, std::memory_order_acquire)) return false;
+    const int helpers = hire(int(std::min<i64>(threads, chunks)) - 1);
+    fn_.store(fn, std::memory_order_relaxed);
+    context_.store(context, std::memory_order_relaxed);
+    chunks_.store(chunks, std::memory_order_relaxed);
+    helpers_.store(helpers, std::memory_order_relaxed);
+    spin_.store(threads <= cpus_, std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    failed_.store(false, std::memory_order_relaxed);
+
+    const std::uint32_t generation = generation_of(state_.load(std::memory_order_relaxed)) + 1;
+    state_.store(std::uint64_t(generation) << 32);
+    for (int i = 0; i < helpers; i++) workers_[std::size_t(i)].wake();
+    work(generation);
+
+    const auto finished = [&] { return done_.load() == chunks; };
+    if (!finished() && !(spin_.load(std::memory_order_relaxed) && spin_until(finished))) caller_.sleep_until(finished);
+    const std::exception_ptr error = std::exchange(error_, nullptr);
+    busy_.store(false, std::memory_order_release);
+    if (error) std::rethrow_exception(error);
+    return true;
+  }
+
+ private:
+  static std::uint32_t generation_of(std::uint64_t state) { return std::uint32_t(state >> 32); }
+
+  // Brings the number of workers up to `count` if the system lets it; returns how many of them will help.
+  int hire(int count) {
+    // Signals belong to the thread that the interpreter waits in.
+    sigset_t all, before;
+    const bool short_handed = int(workers_.size()) < count;
+    if (short_handed) {
+      sigfillset(&all);
+      pthread_sigmask(SIG_SETMASK, &all, &before);
+      try {
+        while (int(workers_.size()) < count) {
+          const int index = int(workers_.size());
+          Sleeper& sleeper = workers_.emplace_back();
+          const std::uint32_t seen = generation_of(state_.load(std::memory_order_relaxed));
+          try {
+            std::thread([this, index, seen, &sleeper] { serve(index, seen, sleeper); }).detach();
+          } catch (...) {
+            workers_.pop_back();
+            throw;
+          }
+        }
+      } catch (const std::exception&) {
+        // No more threads to be had: those that exist, or the caller alone, do the work.
+      }
+      pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    }
+    return std::min(count, int(workers_.size()));
+  }
+
+  [[noreturn]] void serve(int index, std::uint32_t seen, Sleeper& sleeper) {
+    const auto published = [&] { return generation_of(state_.load()) != seen; };
+    bool spin = false;
+    for (;;) {
+      if (!(spin && spin_until(published))) sleeper.sleep_until(published);
+      seen = generation_of(state_.load(std::memory_order_acquire));
+      const bool wanted = index < helpers_.load(std::memory_order_relaxed);
+      if (wanted) work(seen);
+      spin = wanted && spin_.load(std::memory_order_relaxed);
+    }
+  }
+
+  // The fields of the job are read before a chunk is picked and used only if the swap succeeds: it cannot once the
+  // job is over, and a new one is written only after that.
+  void work(std::uint32_t generation) {
+    i64 ran = 0;
+    i64 chunks = 0;
+    std::uint64_t state = state_.load(std::memory_order_acquire);
+    while (generation_of(state) == generation) {
+      const i64 chunk = std::uint32_t(state);
+      chunks = chunks_.load(std::memory_order_relaxed);
+      auto* const fn = fn_.load(std::memory_order_relaxed);
+      void* const context = context_.load(std::memory_order_relaxed);
+      if (chunk >= chunks) break;
+      if (!state_.compare_exchange_weak(state, state + 1)) continue;
+      call(fn, context, chunk);
+      ran++;
+      state = state_.load(std::memory_order_acquire);
+    }
+    if (ran > 0 && done_.fetch_add(ran) + ran == chunks) caller_.wake();
+  }
+
+  void call(void (*fn)(void*, i64), void* context, i64 chunk) {
+    if (failed_.load(std::memory_order_relaxed)) return;
+    try {
+      fn(context, chunk);
+    } catch (...) {
+      if (!failed_.exchange(true)) error_ = std::current_exception();
+    }
+  }
+
+  std::atomic<bool> busy_{false};
+  std::atomic<std::uint64_t> state_{0};  // generation of the job << 32 | next chunk
+  std::atomic<void (*)(void*, i64)> fn_{nullptr};
+  std::atomic<void*> context_{nullptr};
+  std::atomic<i64> chunks_{0};
+  std::atomic<int> helpers_{0};    // workers 0 .. helpers-1 take part
+  std::atomic<bool> spin_{false};  // a waiting thread has a CPU of its own
+  std::atomic<i64> done_{0};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
+  Sleeper caller_;
+  std::deque<Sleeper> workers_;
+  const int cpus_ = available_cpus();
+};
+
+thread_local int requested_threads = 0;
+std::atomic<int> known_default{0};
+
+// Never destroyed, as its workers live until the process ends. They do not survive a fork: the child gets a new pool.
+Pool* current_pool = nullptr;
+
+Pool& pool() {
+  static const bool once = [] {
+    current_pool = new Pool;
+    pthread_atfork(nullptr, nullptr, [] {
+      current_pool = new Pool;
+      known_default = 0;
+    });
+    return true;
+  }();
+  (void)once;
+  return *current_pool;
+}
+
+}  // namespace
+
+void parallel_run(i64 chunks, void (*fn)(void* context, i64 chunk), void* context) {
+  const int count = threads();
+  if (chunks > 1 && chunks <= MAX_CHUNKS && count > 1 && pool().run(chunks, count, fn, context)) return;
+  for (i64 chunk = 0; chunk < chunks; chunk++) fn(context, chunk);
+}
+
+int threads() {
+  if (requested_threads > 0) return requested_threads;
+  const int known = known_default.load(std::memory_order_relaxed);
+  return known > 0 ? known : default_threads();
+}
+
+void set_threads(int count) { requested_threads = std::clamp(count, 0, MAX_THREADS); }
+
+int default_threads() {
+  const char* const asked = std::getenv("OMP_NUM_THREADS");
+  const long count = asked ? std::strtol(asked, nullptr, 10) : 0;
+  const int result = std::min(count > 0 && count <= INT32_MAX ? int(count) : available_cpus(), MAX_THREADS);
+  known_default = result;
+  return result;
+}
+
+}  // namespace tinyres

@@ -1,0 +1,136 @@
+"""Convolution: the shape grid, random geometries, both algorithms, exactness on integers."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tinyres
+from cases import BREAKS, CONVS, Geometry, conv_geometries, invalid_conv_geometries
+from op_case import DEVICES, Case, assert_close, normal, checks_of
+from tinyres import ops
+
+ALGORITHMS = ("naive", "direct", "auto")
+
+
+def _reduction(g):
+    return max(g.R * g.S * g.C, g.R * g.S * g.K, g.N * g.y[1] * g.y[2])
+
+
+def _case(name, g):
+    return Case(name, lambda x, w: ops.conv2d(x, w, None, g.stride, g.padding), normal(*g.x), normal(*g.w), reduction=_reduction(g))
+
+
+CASES = [
+    *(_case(reason, g) for reason, g in CONVS.items()),
+    Case(
+        "with a bias",
+        lambda x, w, b: ops.conv2d(x, w, b, stride=2, padding=1),
+        normal(2, 5, 5, 3), normal(3, 3, 3, 4), normal(4), reduction=36,
+    ),
+    Case("naive", lambda x, w: _with("naive", x, w), normal(1, 5, 4, 3), normal(3, 3, 3, 5), reduction=45),
+    Case("direct", lambda x, w: _with("direct", x, w), normal(1, 5, 4, 3), normal(3, 3, 3, 5), reduction=45),
+]  # fmt: skip
+
+
+def _with(algorithm, x, w):
+    with tinyres.options(conv=algorithm):
+        return ops.conv2d(x, w, padding=1)
+
+
+test_cases = checks_of(CASES)
+
+
+def _loops(x, w, dy, g):
+    """The definition, one product at a time: y, dx, dw."""
+    y, dx, dw = np.zeros(g.y), np.zeros(g.x), np.zeros(g.w)
+    for n, p, q in np.ndindex(g.y[:3]):
+        for r, s in np.ndindex(g.R, g.S):
+            h, v = p * g.stride[0] + r - g.padding[0], q * g.stride[1] + s - g.padding[1]
+            if 0 <= h < g.H and 0 <= v < g.W:
+                y[n, p, q] += x[n, h, v] @ w[r, s]
+                dx[n, h, v] += w[r, s] @ dy[n, p, q]
+                dw[r, s] += np.outer(x[n, h, v], dy[n, p, q])
+    return y, dx, dw
+
+
+def _integers(g, dtype):
+    rng = np.random.default_rng(g.N + 10 * g.H + 100 * g.W)
+    return [rng.integers(-3, 4, shape).astype(dtype) for shape in (g.x, g.w, g.y)]
+
+
+def _all_three(x, w, dy, g, device):
+    x, w = (tinyres.tensor(a, requires_grad=True, device=device) for a in (x, w))
+    y = ops.conv2d(x, w, stride=g.stride, padding=g.padding)
+    y.backward(dy)
+    return y.numpy(), x.grad, w.grad
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@given(g=conv_geometries(), dtype=st.sampled_from((np.float32, np.float64)))
+def test_any_geometry_is_exact_on_integers(device, algorithm, g, dtype):
+    """Sums of small integers have no rounding: every algorithm must give the definition's bits."""
+    arrays = _integers(g, dtype)
+    with tinyres.options(conv=algorithm):
+        got = _all_three(*arrays, g, device)
+    for name, result, want in zip(("y", "dx", "dw"), got, _loops(*arrays, g), strict=True):
+        assert result.dtype == dtype
+        assert np.array_equal(result, want), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(g=conv_geometries())
+def test_any_geometry_is_bit_identical_for_any_threads(device, g):
+    rng = np.random.default_rng(g.H)
+    arrays = [rng.standard_normal(shape).astype(np.float32) for shape in (g.x, g.w, g.y)]
+    results = []
+    for threads in (1, 2, 3, 4):
+        with tinyres.options(threads=threads):
+            results.append([a.tobytes() for a in _all_three(*arrays, g, device)])
+    assert all(r == results[0] for r in results)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(broken=invalid_conv_geometries())
+def test_invalid_geometries_raise(device, broken):
+    x, w, stride, padding = broken
+    x, w = (tinyres.tensor(np.zeros(shape), requires_grad=True, device=device) for shape in (x, w))
+    with pytest.raises(tinyres.errors.TinyresError, match=r"^\[conv2d\] .*; got "):
+        ops.conv2d(x, w, None, stride, padding)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("how", BREAKS)
+def test_each_way_to_break_a_geometry_raises(device, how):
+    g = Geometry(2, 6, 5, 3, 4, 3, 2, (2, 1), (1, 0))
+    x, w, stride, padding = BREAKS[how](g.x, g.w, g.stride, g.padding)
+    x, w = (tinyres.tensor(np.zeros(shape), device=device) for shape in (x, w))
+    with pytest.raises(tinyres.errors.TinyresError, match=r"^\[conv2d\] .*; got "):
+        ops.conv2d(x, w, None, stride, padding)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("shape", ((2, 32, 32, 16, 16, 1), (2, 32, 32, 16, 32, 2), (3, 8, 8, 64, 64, 1), (5, 32, 32, 3, 16, 1)))
+def test_layers_of_the_networks(shape, algorithm, device, rng):
+    """The real sizes, which run through every tile and chunk, against float64."""
+    N, H, W, C, K, stride = shape
+    g = Geometry(N, H, W, C, K, 3, 3, (stride, stride), (1, 1))
+    arrays = [rng.standard_normal(s).astype(np.float32) for s in (g.x, g.w, g.y)]
+    want = _all_three(*(a.astype(np.float64) for a in arrays), g, "reference")
+    with tinyres.options(conv=algorithm):
+        got = _all_three(*arrays, g, device)
+    for name, result, expected in zip(("y", "dx", "dw"), got, want, strict=True):
+        assert_close(result, expected, _reduction(g), name)
+    assert all(a.dtype == np.float32 for a in got)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_unread_pixels_get_no_gradient(device):
+    g = CONVS["stride larger than the window"]
+    x, w = tinyres.tensor(np.ones(g.x), requires_grad=True, device=device), tinyres.tensor(np.ones(g.w), device=device)
+    y = ops.conv2d(x, w, stride=g.stride, padding=g.padding)
+    y.backward(np.ones(y.shape))
+    assert (x.grad[:, 2::3] == 0).all() and (x.grad[:, :, 2::3] == 0).all()
+    assert (x.grad[:, [0, 1, 3, 4, 6, 7]][:, :, [0, 1, 3, 4, 6, 7]] == g.K).all()

@@ -1,0 +1,79 @@
+"""Cross-entropy from logits and integer labels, with label smoothing."""
+
+import numpy as np
+import pytest
+
+import tinyres
+from op_case import DEVICES, Case, normal, checks_of
+from tinyres import ops
+
+SIZES = {
+    "one of one": (1, 1),
+    "two classes": (3, 2),
+    "ten classes": (5, 10),
+    "a batch over a vector": (17, 10),
+    "classes over two AVX-512 vectors": (2, 33),
+    "a hundred classes": (3, 100),
+}
+
+
+def _labels(N, K):
+    return np.random.default_rng(N + K).integers(0, K, N)
+
+
+CASES = [
+    Case(
+        f"{reason}, smoothing {smoothing}",
+        lambda x, n=N, k=K, smoothing=smoothing: ops.cross_entropy(x, _labels(n, k), label_smoothing=smoothing),
+        normal(N, K),
+        reduction=N * K,
+    )
+    for reason, (N, K) in SIZES.items()
+    for smoothing in (0.0, 0.1, 1.0)
+]
+
+test_cases = checks_of(CASES)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_value(device):
+    """By hand: uniform logits cost log K, whatever the smoothing."""
+    for smoothing in (0.0, 0.3):
+        loss = ops.cross_entropy(tinyres.tensor(np.full((4, 8), 3.0), device=device), np.arange(4), smoothing)
+        assert abs(loss.item() - np.log(8)) < 1e-12
+    logits = np.log(np.array([[1.0, 2.0, 5.0]]))
+    loss = ops.cross_entropy(tinyres.tensor(logits, device=device), np.array([1]))
+    assert abs(loss.item() - np.log(8 / 2)) < 1e-12
+    smooth = ops.cross_entropy(tinyres.tensor(logits, device=device), np.array([1]), 0.3)
+    assert abs(smooth.item() - (0.8 * np.log(8 / 2) + 0.1 * np.log(8 / 1) + 0.1 * np.log(8 / 5))) < 1e-12
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+def test_large_logits_stay_finite(device, dtype):
+    x = tinyres.tensor(np.array([[1e4, -1e4, 0], [-1e30, 1e30, 0]], dtype), requires_grad=True, device=device)
+    loss = ops.cross_entropy(x, np.array([0, 1]))
+    loss.backward()
+    assert loss.item() == 0
+    assert np.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nan_logits_give_a_nan_loss(device):
+    x = tinyres.tensor(np.array([[0.0, np.nan], [0.0, 1.0]]), device=device)
+    assert np.isnan(ops.cross_entropy(x, np.array([0, 0])).item())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_a_row_sum_to_zero(device, rng):
+    x = tinyres.tensor(rng.standard_normal((6, 10)), requires_grad=True, device=device)
+    ops.cross_entropy(x, rng.integers(0, 10, 6), 0.1).backward()
+    np.testing.assert_allclose(x.grad.sum(1), 0, atol=1e-15)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", (np.int8, np.uint8, np.int32, np.int64))
+def test_labels_of_any_integer_type(device, kind, rng):
+    x = tinyres.tensor(rng.standard_normal((4, 10)), device=device)
+    labels = np.array([9, 0, 3, 3])
+    assert ops.cross_entropy(x, labels.astype(kind)).item() == ops.cross_entropy(x, labels).item()

@@ -1,0 +1,145 @@
+"""Checkpoints: what goes in comes out, and a damaged file is refused with a clear sentence."""
+
+import json
+import os
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+import tinyres
+from tinyres import checkpoint
+from tinyres.errors import CheckpointError
+
+DTYPES = ("float32", "float64", "float16", "int64", "int32", "uint8", "bool", "complex64")
+
+keys = st.text(st.characters(exclude_categories=["Cs"]), max_size=6) | st.sampled_from(["a/b", "~", "~1", "/", ""])
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False)
+    | keys
+    | arrays.arrays(st.sampled_from(DTYPES), arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3))
+)
+trees = st.recursive(leaves, lambda tree: st.lists(tree, max_size=3) | st.dictionaries(keys, tree, max_size=3))
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, np.ndarray):
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    else:
+        assert a == b
+
+
+@given(tree=st.dictionaries(keys, trees, max_size=4))
+def test_any_tree_comes_back(tree, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    tinyres.save(path, **tree)
+    assert_same(tinyres.load(path), tree)
+
+
+def test_layouts_and_scalars(tmp_path):
+    grid = np.arange(24.0).reshape(2, 3, 4)
+    view, big = grid.transpose(2, 0, 1)[::2], np.arange(3, dtype=">i4")
+    tinyres.save(tmp_path / "c", view=view, big=big, scalar=np.float32(0.1), pair=(1, 2))
+    tree = tinyres.load(tmp_path / "c")
+    np.testing.assert_array_equal(tree["view"], view)
+    np.testing.assert_array_equal(tree["big"], [0, 1, 2])
+    assert tree["scalar"].shape == () and tree["scalar"].dtype == np.float32 and tree["scalar"] == np.float32(0.1)
+    assert tree["pair"] == [1, 2]
+    tree["view"] += 1  # the arrays are the caller's own
+
+
+def test_model_and_optimizer_by_their_state_dict(tmp_path):
+    model = tinyres.nn.Sequential(tinyres.nn.Conv2d(3, 4, 3, padding=1), tinyres.nn.BatchNorm2d(4))
+    optimizer = tinyres.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    tinyres.save(tmp_path / "c", model=model, optimizer=optimizer)
+    tree = tinyres.load(tmp_path / "c")
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(tree["model"][name], value)
+    model.load_state_dict(tree["model"])
+    optimizer.load_state_dict(tree["optimizer"])
+
+
+@pytest.mark.parametrize(
+    "items", [{"x": object()}, {"x": {1: 2}}, {"x": {"y": {3.0}}}, {"x": np.array("text")},
+              {"x": np.array([None])}, {"__metadata__": np.ones(2)},
+              {"\ud800": np.ones(2)}]
+)  # fmt: skip
+def test_what_cannot_be_stored(tmp_path, items):
+    with pytest.raises(CheckpointError, match="save"):
+        tinyres.save(tmp_path / "c", **items)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint here"):
+        tinyres.load(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="there is no checkpoint here"):
+        tinyres.load(tmp_path)
+
+
+def test_every_damage_is_noticed(tmp_path):
+    """Each truncation and each flipped byte: refused, or (spaces that pad the header) the tree unchanged."""
+    path = tmp_path / "c"
+    tree = {"weights": {"w": np.arange(6, dtype=np.float32)}, "step": 7}
+    tinyres.save(path, **tree)
+    whole = path.read_bytes()
+    damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\0"]
+    damaged += [whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1 :] for i in range(len(whole))]
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            assert_same(tinyres.load(path), tree)
+        except CheckpointError:
+            refused += 1
+    assert refused >= len(damaged) - 8
+
+
+def test_foreign_and_newer_files(tmp_path):
+    def write(metadata):
+        header = json.dumps({"__metadata__": metadata}).encode()
+        (tmp_path / "c").write_bytes(struct.pack("<Q", len(header)) + header)
+
+    write({"format": "pt"})
+    with pytest.raises(CheckpointError, match="must be a checkpoint of tinyres; got .* format pt"):
+        tinyres.load(tmp_path / "c")
+    write({"format": "tinyres", "version": "2"})
+    with pytest.raises(CheckpointError, match="format version 1; got .* version 2"):
+        tinyres.load(tmp_path / "c")
+    write({"format": "tinyres", "version": "1"})
+    with pytest.raises(CheckpointError, match="malformed"):
+        tinyres.load(tmp_path / "c")
+    (tmp_path / "c").write_bytes(b"PK\x03\x04 an archive of something else")
+    with pytest.raises(CheckpointError, match="no readable safetensors file"):
+        tinyres.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
+    path = tmp_path / "c"
+    tinyres.save(path, step=1)
+
+    def broken(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, fails, broken)
+    with pytest.raises(OSError, match="No space left"):
+        tinyres.save(path, step=2)
+    monkeypatch.undo()
+    assert tinyres.load(path) == {"step": 1}
+    assert os.listdir(tmp_path) == ["c"]

@@ -1,0 +1,385 @@
+"""Reverse-mode automatic differentiation: Tensor, Function, and the sweep.
+
+Running an op records a node (a Function) that knows its parents; `backward` walks the nodes from the result to the
+leaves, each once, after all of its consumers. First order only: gradients are plain arrays, not Tensors.
+Arithmetic on Tensors is bound in ops/__init__.py; this file knows no op.
+"""
+
+import functools
+import heapq
+import itertools
+from contextvars import ContextVar
+
+import numpy as np
+
+from tinyres import backend
+from tinyres.errors import ArgumentError, DeviceError, DtypeError, GraphError, ShapeError, expect
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+_recording = ContextVar("tinyres.recording", default=True)
+
+
+class no_grad:
+    """Within this block (or decorated function) nothing is recorded, so nothing is kept for a backward sweep."""
+
+    def __enter__(self):
+        self._token = _recording.set(False)
+
+    def __exit__(self, *exc):
+        _recording.reset(self._token)
+
+    def __call__(self, function):
+        @functools.wraps(function)
+        def without_grad(*args, **kwargs):
+            with no_grad():
+                return function(*args, **kwargs)
+
+        return without_grad
+
+
+class Tensor:
+    """An array and its place in the recorded graph.
+
+    data           NumPy array (CuPy on a GPU); may be assigned, also in another shape or dtype
+    grad           None, or the array of a leaf's gradient; backward sweeps add to it
+    requires_grad  whether backward sweeps reach this tensor
+    device         the Device that its kernels run on
+    """
+
+    __slots__ = ("_data", "grad", "requires_grad", "device", "_node", "_slot", "_hooks", "__weakref__")
+    __array_priority__ = 1000  # so that `array * tensor` reaches Tensor.__rmul__ ...
+    __array_ufunc__ = None  # ... instead of NumPy's elementwise loop over objects
+
+    def __init__(self, data, requires_grad=False, device=None):
+        self._data, self.grad, self.requires_grad, self.device = data, None, requires_grad, device
+        self._node, self._slot, self._hooks = None, 0, None
+
+    @property
+    def data(self):
+        return self._data
+
+    @data.setter
+    def data(self, array):
+        if not self.device.owns(array):
+            expect(not isinstance(array, Tensor), "Tensor.data", "needs an array", DtypeError, data=array)
+            array = self.device.asarray(array)
+        expect(not self.requires_grad or array.dtype in FLOATS, "Tensor.data",
+               "a tensor with a gradient is float32 or float64", DtypeError, dtype=array.dtype)  # fmt: skip
+        if array.shape != self._data.shape or array.dtype != self._data.dtype:
+            self.grad = None  # the gradient of what is gone
+        self._data = array
+
+    @property
+    def shape(self):
+        return self._data.shape
+
+    @property
+    def dtype(self):
+        return self._data.dtype
+
+    @property
+    def ndim(self):
+        return self._data.ndim
+
+    @property
+    def size(self):
+        return self._data.size
+
+    def __len__(self):
+        expect(self.ndim > 0, "len", "a scalar tensor has no length")
+        return self.shape[0]
+
+    def __repr__(self):
+        body = np.array2string(self.numpy(), separator=", ", prefix="tensor(")
+        extra = "" if self.device.name == "cpu" else f", device={self.device}"
+        return f"tensor({body}, dtype={self.dtype}{extra}{', requires_grad=True' if self.requires_grad else ''})"
+
+    def __bool__(self):
+        return bool(self.item())
+
+    def numpy(self):
+        """The data as a NumPy array: the same memory on a CPU device."""
+        return self._data
+
+    def item(self):
+        """The value of a tensor of one element, as a Python number. Raises ShapeError for any other."""
+        expect(self.size == 1, "item", "needs a tensor of one element", x=self.shape)
+        return self._data.item()
+
+    def detach(self):
+        """The same data outside of the graph."""
+        return Tensor(self._data, False, self.device)
+
+    def zero_grad(self):
+        """Forget the gradient: `grad` becomes None."""
+        self.grad = None
+
+    def register_hook(self, hook):
+        """Call `hook(gradient)` with this tensor's whole gradient in each sweep, before it goes further.
+
+        What the hook returns, if not None, takes the gradient's place. Returns a handle whose `remove()` ends it.
+        Raises GraphError where the tensor has no gradient.
+        """
+        expect(self.requires_grad, "register_hook", "the tensor must require a gradient", GraphError)
+        expect(callable(hook), "register_hook", "the hook must be callable", ArgumentError, hook=hook)
+        if self._hooks is None:
+            self._hooks = {}
+            if self._node is not None:
+                self._node.hooks[self._slot] = self._hooks
+        return Handle(self._hooks, hook)
+
+    def backward(self, gradient=None, retain_graph=False):
+        """Sweep from this tensor to the leaves and add to their `grad`.
+
+        gradient      the gradient of the loss by this tensor (array or number of its shape); 1 for a scalar
+        retain_graph  keep what ops have saved, so that the graph can be swept again
+        Raises GraphError if the tensor is no result of recorded ops, or its graph was swept already; ShapeError or
+        DtypeError for a gradient that does not fit.
+        """
+        _sweep("backward", [self], [gradient], retain_graph, None)
+
+
+class Handle:
+    """Removes what was registered."""
+
+    def __init__(self, table, value):
+        self._table, self._key = table, object()
+        table[self._key] = value
+
+    def remove(self):
+        self._table.pop(self._key, None)
+
+
+def tensor(array, requires_grad=False, dtype=None, device=None):
+    """A leaf Tensor with a copy-free view of `array` where dtype and device allow it, else a copy.
+
+    array   array, number or nested list: real numbers. Python floats become float32
+    dtype   float32 or float64 (integers and bools too where no gradient is required); None keeps an array's own
+    device  name or Device; None is the default (`tinyres.backend.use`)
+    Raises DtypeError for data that are not real numbers or need a gradient and are not floating, ShapeError for
+    ragged lists, DeviceError for an absent device.
+    """
+    op = "tensor"
+    device = backend.get(device)
+    if isinstance(array, Tensor):
+        array = array.data
+    try:
+        given = hasattr(array, "dtype")
+        array = np.asarray(array) if not device.owns(array) else array
+    except ValueError as error:
+        raise ShapeError(f"[{op}] nested lists must have equal lengths ({error})") from None
+    if dtype is None:
+        dtype = np.float32 if not given and array.dtype.kind == "f" else array.dtype
+    try:
+        dtype = np.dtype(dtype).newbyteorder("=")
+    except TypeError:
+        raise DtypeError(f"[{op}] dtype must name a type; got dtype {dtype!r}") from None
+    kinds = "f" if requires_grad else "fiub"
+    valid = array.dtype.kind in "fiub" and dtype.kind in kinds and (dtype.kind != "f" or dtype in FLOATS)
+    expect(valid, op, "data must be float32 or float64" + ("" if requires_grad else ", integer or bool"), DtypeError,
+           array=array.dtype, dtype=dtype)  # fmt: skip
+    expect(array.ndim <= 16, op, "at most 16 axes", shape=array.shape)
+    return Tensor(device.asarray(array, dtype), bool(requires_grad), device)
+
+
+class Function:
+    """An op: `forward` and, directly below it, `backward`, both on raw arrays.
+
+        class Square(Function):
+            def forward(self, x):
+                self.saved = x
+                return self.kernels.mul(x, x)
+
+            def backward(self, dy):
+                return self.kernels.mul(dy, 2 * self.saved)
+
+        y = Square.apply(x)
+
+    self.kernels  the kernel table of the inputs' device
+    self.needs    for each tensor input, whether its gradient is wanted; None may be returned for the others
+    self.saved    whatever backward needs; freed when the sweep has passed
+    `backward` takes the gradient of each output and returns one for each tensor input, of that input's shape and
+    dtype. It must not write into what it is given. Where it returns new arrays only, `fresh_gradients = True` spares
+    a copy.
+    """
+
+    fresh_gradients = False
+    saved = None
+    swept = False
+    _orders = itertools.count()
+
+    def forward(self, *arrays, **attributes):
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def backward(self, *gradients):
+        raise GraphError(f"[{type(self).__name__}] has no backward")
+
+    @classmethod
+    def apply(cls, *inputs, **attributes):
+        """Run forward on the data of `inputs` (Tensors of one device, or None) and record it for the sweep."""
+        device, needs_grad = None, False
+        for x in inputs:
+            if x is not None:
+                if not isinstance(x, Tensor):
+                    raise DtypeError(f"[{cls.__name__}] inputs must be Tensors or None; got {type(x).__name__}")
+                if x.device is not device:
+                    expect(device is None, cls.__name__, "tensors must be on one device", DeviceError,
+                           devices=(device, x.device))  # fmt: skip
+                    device = x.device
+                needs_grad = needs_grad or x.requires_grad
+        expect(device is not None, cls.__name__, "at least one input must be a Tensor", DtypeError)
+        node = cls()
+        node.kernels = device.kernels
+        needs_grad = needs_grad and _recording.get()
+        node.needs = tuple([needs_grad and x is not None and x.requires_grad for x in inputs])
+        out = node.forward(*[None if x is None else x._data for x in inputs], **attributes)
+        if not isinstance(out, tuple):
+            result = Tensor(out, needs_grad, device)
+            if needs_grad:
+                node._record(inputs, (result,))
+            return result
+        results = tuple([Tensor(y, needs_grad, device) for y in out])
+        if needs_grad:
+            node._record(inputs, results)
+        return results
+
+    def _record(self, inputs, results):
+        # A parent is (node, slot) of the op that made an input, or (leaf tensor, 0): holding nodes rather than
+        # tensors lets go of activations that no backward needs.
+        self.order = next(Function._orders)
+        self.parents = tuple([(x._node or x, x._slot) if n else None for x, n in zip(inputs, self.needs, strict=True)])
+        self.input_specs = tuple([(x.shape, x.dtype) if n else None for x, n in zip(inputs, self.needs, strict=True)])
+        self.output_specs = tuple([(y.shape, y.dtype) for y in results])
+        self.hooks = {}
+        for slot, y in enumerate(results):
+            y._node, y._slot = self, slot
+
+
+def grad(ys, xs, gradients=None, retain_graph=False):
+    """The gradients of the sum of `ys` by each of `xs`, as a list of arrays; no tensor's `grad` changes.
+
+    ys         Tensor or list of Tensors
+    xs         Tensor or list of Tensors, leaves or results of ops
+    gradients  an upstream gradient for each of `ys`; None means 1 for scalars
+    Raises GraphError if an x does not lead to any y, and what `Tensor.backward` raises.
+    """
+    ys, xs = ([t] if isinstance(t, Tensor) else list(t) for t in (ys, xs))
+    for t in (*ys, *xs):
+        expect(isinstance(t, Tensor), "grad", "ys and xs must be Tensors", DtypeError, got=type(t).__name__)
+    gradients = [None] * len(ys) if gradients is None else list(gradients)
+    expect(len(gradients) == len(ys), "grad", "gradients must be one for each of ys", gradients=len(gradients),
+           ys=len(ys))  # fmt: skip
+    wanted = {(id(x._node or x), x._slot): None for x in xs}
+    _sweep("grad", ys, gradients, retain_graph, wanted)
+    found = [wanted[id(x._node or x), x._slot] for x in xs]
+    for i, g in enumerate(found):
+        expect(g is not None, "grad", "every x must lead to a y through recorded ops", GraphError, index=i)
+    return found
+
+
+def _sweep(op, ys, gradients, retain_graph, wanted):
+    """Walk the graph of `ys` from the newest node to the oldest.
+
+    A node is younger than all of its parents, so this order meets every consumer of a value before its producer,
+    and frees what was saved last first. A heap gives it without recursion, whatever the depth.
+
+    wanted  None to add to every leaf's `grad`; else a dict by (id of node or leaf, slot) that receives gradients
+    """
+    arrived = {}  # (node or leaf) -> slot -> (gradient so far, whether the array is ours to add to)
+    heap = []
+    for y, gradient in zip(ys, gradients, strict=True):
+        seed = _seed_gradient(op, y, gradient)
+        _deliver(arrived, heap, (y._node or y, y._slot), seed, False, y.device.kernels)
+    while heap:
+        node = heapq.heappop(heap)[1]
+        expect(not node.swept, op, "the graph was swept already (retain_graph=True keeps it for another sweep)",
+               GraphError, node=type(node).__name__)  # fmt: skip
+        dxs = node.backward(*_output_gradients(node, arrived.pop(node), wanted))
+        if not isinstance(dxs, tuple):
+            dxs = (dxs,)
+        expect(len(dxs) == len(node.parents), type(node).__name__, "backward must return a gradient for each input",
+               GraphError, inputs=len(node.parents), gradients=len(dxs))  # fmt: skip
+        for parent, dx, spec in zip(node.parents, dxs, node.input_specs, strict=True):
+            if parent is not None and dx is not None:
+                expect((dx.shape, dx.dtype) == spec, type(node).__name__,
+                       "a gradient must have its input's shape and dtype", GraphError, gradient=(dx.shape, dx.dtype),
+                       input=spec)  # fmt: skip
+                _deliver(arrived, heap, parent, dx, node.fresh_gradients, node.kernels)
+        if not retain_graph:
+            node.saved, node.swept = None, True
+    for leaf, slots in arrived.items():
+        _finish_leaf(op, leaf, *slots[0], wanted)
+
+
+def _seed_gradient(op, y, gradient):
+    """The upstream gradient of `y` as an array of its shape."""
+    expect(y.requires_grad, op, "the tensor must come from recorded ops on tensors that require a gradient", GraphError)
+    if gradient is None:
+        expect(y.size == 1, op, "a gradient must be given for a tensor of more than one element", tensor=y.shape)
+        gradient = 1.0
+    gradient = y.device.asarray(gradient.data if isinstance(gradient, Tensor) else gradient)
+    expect(gradient.dtype.kind in "fiu", op, "the gradient must be real numbers", DtypeError, gradient=gradient.dtype)
+    expect(gradient.shape in (y.shape, ()), op, "the gradient must have the tensor's shape", gradient=gradient.shape,
+           tensor=y.shape)  # fmt: skip
+    return y.device.kernels.broadcast_to(gradient.astype(y.dtype), y.shape)
+
+
+def _deliver(arrived, heap, place, gradient, fresh, kernels):
+    """Add `gradient` to what has arrived at `place`, a (node or leaf, slot).
+
+    The first arrival is borrowed unless fresh: another place may hold the same array. A second makes a sum in
+    whichever of the two is ours, or in a new array, and later ones are added to that in place.
+    """
+    target, slot = place
+    if target not in arrived:
+        arrived[target] = {}
+        if isinstance(target, Function):
+            heapq.heappush(heap, (-target.order, target))
+    slots = arrived[target]
+    if slot in slots:
+        total, owned = slots[slot]
+        if not owned and fresh:
+            total, gradient = gradient, total
+        gradient, fresh = (kernels.accumulate if owned or fresh else kernels.add)(total, gradient), True
+    slots[slot] = (gradient, fresh)
+
+
+def _output_gradients(node, slots, wanted):
+    """The gradient of each output of `node`, hooks applied; zeros where none arrived."""
+    dys = []
+    for slot, (shape, dtype) in enumerate(node.output_specs):
+        if slot in slots:
+            dy = _run_hooks(node.hooks.get(slot), slots[slot][0])
+        else:
+            dy = node.kernels.broadcast_to(np.zeros((), dtype), shape)
+        if wanted is not None and (id(node), slot) in wanted:
+            wanted[id(node), slot] = dy
+        dys.append(dy)
+    return dys
+
+
+def _finish_leaf(op, leaf, gradient, owned, wanted):
+    """Hand a leaf its whole gradient, in an array that nothing else holds."""
+    kernels = leaf.device.kernels
+    gradient = _run_hooks(leaf._hooks, gradient)
+    if wanted is not None:
+        if (id(leaf), 0) in wanted:
+            wanted[id(leaf), 0] = gradient
+    elif leaf.grad is None:
+        leaf.grad = gradient if owned else kernels.broadcast_to(gradient, gradient.shape)
+    else:
+        expect(leaf.grad.shape == gradient.shape, op, "grad must have the gradient's shape to be added to",
+               grad=leaf.grad.shape, gradient=gradient.shape)  # fmt: skip
+        leaf.grad = kernels.add(leaf.grad, gradient)
+
+
+def _run_hooks(hooks, gradient):
+    for hook in list(hooks.values()) if hooks else ():
+        changed = hook(gradient)
+        if changed is not None:
+            expect(getattr(changed, "shape", None) == gradient.shape and changed.dtype == gradient.dtype, "hook",
+                   "a hook must return None or an array of the gradient's shape and dtype", GraphError,
+                   gradient=(gradient.shape, gradient.dtype))  # fmt: skip
+            gradient = changed
+    return gradient

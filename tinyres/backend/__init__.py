@@ -1,0 +1,76 @@
+"""Devices. A Device is a name, an array module and a kernel table (spec.py); nothing else knows how one works.
+
+`reference` is plain NumPy, the oracle of the tests; `cpu` is the C++ extension.
+"""
+
+import importlib
+
+import numpy as np
+
+from tinyres.backend import compose, spec
+from tinyres.errors import ArgumentError, DeviceError, expect
+
+NAMES = ("reference", "cpu", "emulated", "cuda")
+
+_devices = {}
+_default = "cpu"
+
+
+class _Kernels:
+    """The kernels of a device as attributes; fused ones that it lacks are composed from its own."""
+
+    def __init__(self, module):
+        for name in spec.MANDATORY:
+            setattr(self, name, getattr(module, name))
+        for name in spec.FUSED:
+            own = getattr(module, name, None)
+            setattr(self, name, own or getattr(compose, name).__get__(self))
+
+
+class Device:
+    """One place where arrays live and kernels run. There is one Device object per name: compare with `is`.
+
+    name     "reference" or "cpu"
+    kernels  the kernel table, as attributes
+    xp       the array module, NumPy
+    """
+
+    def __init__(self, name, kernels, xp):
+        self.name, self.kernels, self.xp = name, kernels, xp
+
+    def asarray(self, data, dtype=None):
+        """`data` as an array of this device, without a copy where possible."""
+        return self.xp.asarray(data, dtype=dtype)
+
+    def owns(self, array):
+        """Whether `array` is an array of this device's kind."""
+        return isinstance(array, self.xp.ndarray)
+
+    def __repr__(self):
+        return self.name
+
+
+def get(name=None):
+    """The Device called `name` (a Device is returned as it is; None is the default).
+
+    Raises ArgumentError for an unknown name, DeviceError for a device that this build or machine lacks.
+    """
+    if isinstance(name, Device):
+        return name
+    if name is None:
+        name = _default
+    if name not in _devices:
+        known = isinstance(name, str) and name in NAMES
+        expect(known, "backend", f"the device must be one of {', '.join(NAMES)}", ArgumentError, device=name)
+        expect(
+            name in ("reference", "cpu"), "backend", f"{name} needs the CUDA kernels, which this version does not have",
+            DeviceError,
+        )  # fmt: skip
+        _devices[name] = Device(name, _Kernels(importlib.import_module(f"tinyres.backend.{name}")), np)
+    return _devices[name]
+
+
+def use(name):
+    """Make `name` the default device of new tensors and modules. Raises as `get` does."""
+    global _default
+    _default = get(name).name

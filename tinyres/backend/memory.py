@@ -1,0 +1,28 @@
+"""The allocator of the host: every activation, gradient and scratch buffer is taken here and comes back here.
+
+Blocks return to their size's free list when the last array that views them dies, and are handed out again: a
+training loop in its steady state asks the system for nothing. `stats()` counts, so that a test can hold it to that.
+The pool itself is csrc/memory.cpp, because kernels take their scratch from it too.
+"""
+
+from tinyres import _cpu
+
+
+def empty(shape, dtype):
+    """An uninitialised dense array (64-byte aligned) of `shape`, a tuple, and `dtype`."""
+    return _cpu.empty(shape, dtype)
+
+
+def stats():
+    """Counters as a dict: system_allocations, taken, bytes_in_use, peak_bytes_in_use, bytes_held."""
+    return _cpu.memory_stats()
+
+
+def reset_peak():
+    """Start a new measurement of peak_bytes_in_use."""
+    _cpu.memory_reset_peak()
+
+
+def release():
+    """Give every block that is not in use back to the system."""
+    _cpu.memory_release()

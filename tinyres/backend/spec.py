@@ -1,0 +1,88 @@
+"""The kernel table: the one list of what a device must be able to do.
+
+A device is a namespace of functions with these names. They take and return raw arrays of the device (never
+Tensors), check nothing (the op has), never write to an input unless the contract says "in place", and return
+fresh dense arrays. Inputs may be views with any strides; the device's adapter makes them dense where its kernels
+need it. Letters: N batch, H W input size, C channels, K filters, R S window, P Q output size; activations are
+NHWC, convolution weights RSCK, linear weights (in, out). Pairs such as `stride` are (height, width).
+
+`MANDATORY` is what every device exports; a device may leave out anything in `FUSED`, and then the composition of
+the same name in `compose.py` takes its place.
+"""
+
+MANDATORY = {
+    # elementwise, with NumPy's broadcasting; an operand may be a NumPy scalar array () on every device
+    "add": "(a, b) -> a + b",
+    "sub": "(a, b) -> a - b",
+    "mul": "(a, b) -> a * b",
+    "div": "(a, b) -> a / b",
+    "pow": "(a, b) -> a ** b",
+    "maximum": "(a, b) -> the larger; NaN where either is NaN",
+    "pow_backward": "(dy, a, b, y) -> da, db, in dy's shape; a, b, y broadcast to it. db is 0 where a is 0",
+    "maximum_backward": "(dy, a, b) -> da, db, in dy's shape; a tie gives each half",
+    "accumulate": "(total, x) -> total, with x added to it in place; same shapes",
+    "neg": "(x) -> -x",
+    "exp": "(x) -> e ** x",
+    "log": "(x) -> natural logarithm",
+    "sqrt": "(x) -> square root",
+    "sigmoid": "(x) -> 1 / (1 + e ** -x), without overflow",
+    "tanh": "(x) -> hyperbolic tangent",
+    "relu": "(x) -> max(x, 0); NaN stays NaN",
+    "sqrt_backward": "(dy, y) -> dy / (2 y)",
+    "sigmoid_backward": "(dy, y) -> dy y (1 - y)",
+    "tanh_backward": "(dy, y) -> dy (1 - y y)",
+    "relu_backward": "(dy, y) -> dy where y > 0, else 0",
+    "dropout": "(x, p, key) -> x / (1 - p) where kept, else 0; the same call on dy is its backward. "
+    "key is (stream key, draw number) of backend/random.py: element i is kept where uniform i of that draw is >= p",
+    # shape
+    "contiguous": "(x) -> x, or a dense copy of it if it is a strided view",
+    "broadcast_to": "(x, shape) -> dense array of that shape",
+    "sum_to": "(x, shape) -> x summed over the axes along which `shape` was broadcast to x.shape",
+    "pad": "(x, widths, value) -> x within a border; widths ((before, after), ...) per axis",
+    "concatenate": "(arrays, axis) -> joined",
+    "scatter": "(dy, shape, index) -> zeros of `shape` with dy at [index] (basic slicing): getitem's backward",
+    # reductions; axes is a sorted tuple of non-negative ints. Sums run in float64
+    "sum": "(x, axes, keepdims) -> sum",
+    "max": "(x, axes, keepdims) -> maximum",
+    "max_backward": "(dy, x, y, axes) -> dx; dy and y with kept axes; ties share equally",
+    # linear algebra
+    "matmul": "(a, b, transpose_a=False, transpose_b=False) -> a @ b of (..., M, K) and (..., K, N), leading axes "
+    "broadcast; the flags swap the last two axes first",
+    # convolution: x (N, H, W, C), w (R, S, C, K), y (N, P, Q, K)
+    "conv2d_forward": "(x, w, stride, padding) -> y",
+    "conv2d_backward_input": "(dy, w, x_shape, stride, padding) -> dx",
+    "conv2d_backward_weight": "(dy, x, w_shape, stride, padding) -> dw",
+    # batch norm over the last axis; gamma, beta, mean, var (C,)
+    "batch_norm_forward": "(x, gamma, beta, running_mean, running_var, momentum, eps) -> y, mean, inv_std; "
+    "running statistics (None or (C,)) are updated in place: mean, and the unbiased variance, with share momentum",
+    "batch_norm_backward": "(dy, x, gamma, mean, inv_std) -> dx, dgamma, dbeta",
+    "batch_norm_inference": "(x, gamma, beta, mean, var, eps) -> y",
+    "batch_norm_inference_backward": "(dy, x, gamma, mean, var, eps) -> dx, dgamma, dbeta",
+    # pooling: window, stride, padding pairs; x (N, H, W, C), y (N, P, Q, C)
+    "max_pool2d_forward": "(x, window, stride, padding) -> y, argmax (int32: r * S + s of the first largest)",
+    "max_pool2d_backward": "(dy, argmax, x_shape, window, stride, padding) -> dx",
+    "avg_pool2d_forward": "(x, window, stride, padding) -> y; padding counts as zeros, the divisor is R * S",
+    "avg_pool2d_backward": "(dy, x_shape, window, stride, padding) -> dx",
+    "global_avg_pool2d_forward": "(x) -> y (N, C)",
+    "global_avg_pool2d_backward": "(dy, x_shape) -> dx",
+    # loss
+    "cross_entropy": "(logits (N, K), labels (N,) int64, smoothing) -> mean loss (), dlogits (N, K)",
+    # training
+    "sgd": "(weights, velocities, gradients, decays, lr, momentum, nesterov): lists of arrays, velocities None "
+    "where momentum is 0; in place: v = momentum v + (dw + decay w); w -= lr (nesterov: dw + decay w + momentum v, "
+    "else v)",
+    "augment": "(images (L, H, W, C) uint8, index (N,) int64, top, left (N,) int32, flip (N,) uint8, mean (H, W, C) "
+    "float32, scale (C,) float32) -> x (N, H, W, C) float32: (image - mean) * scale, flipped left to right where "
+    "flip, then moved: x[h, w] = image[h + top, w + left], zero outside",
+}
+
+FUSED = {
+    "add_relu": "(a, b) -> relu(a + b), same shapes; its backward is relu_backward",
+    "batch_norm_relu_forward": "(x, gamma, beta, running_mean, running_var, momentum, eps) -> y, mean, inv_std",
+    "batch_norm_relu_backward": "(dy, x, y, gamma, mean, inv_std) -> dx, dgamma, dbeta",
+    "batch_norm_relu_inference": "(x, gamma, beta, mean, var, eps) -> y",
+    "batch_norm_add_relu_forward": "(x, residual, gamma, beta, running_mean, running_var, momentum, eps) -> y, mean, "
+    "inv_std: relu(batch_norm(x) + residual)",
+    "batch_norm_add_relu_backward": "(dy, x, y, gamma, mean, inv_std) -> dx, dresidual, dgamma, dbeta",
+    "batch_norm_add_relu_inference": "(x, residual, gamma, beta, mean, var, eps) -> y",
+}

@@ -1,0 +1,128 @@
+"""Checkpoints: a tree of arrays and JSON values in one safetensors file.
+
+The arrays are the file's tensors, so that any safetensors reader can open them. A tensor's name is its path in the
+tree, keys joined by "/" and escaped as in a JSON pointer (RFC 6901: "~" is "~0", "/" is "~1"). Everything that is no
+array stands in the file's metadata as one JSON text, the tree with a null where an array belongs. A checksum covers
+both, since the safetensors format itself has none.
+"""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from tinyres.errors import CheckpointError, expect
+
+FORMAT = "tinyres"
+VERSION = "1"
+
+
+def save(path, /, **items):
+    """Write `items` to `path`, whole or not at all.
+
+    An item is a dict or list (nested as you like, with str keys) of arrays and JSON values, or anything that has a
+    `state_dict()`, which is then saved in its place. Arrays keep their dtype and shape, 0-d ones too; tuples become
+    lists. A file that stood at `path` is replaced only when the new one is safely on disk.
+
+    Raises CheckpointError for a value that cannot be stored; OSError where the folder cannot be written.
+    """
+    from safetensors.numpy import save as serialize
+
+    path = Path(path)
+    arrays = {}
+    tree = json.dumps(_split(items, (), arrays))
+    try:
+        metadata = {"format": FORMAT, "version": VERSION, "tree": tree, "crc32": _checksum(tree, arrays)}
+        content = serialize(arrays, metadata)
+    except Exception as error:  # SafetensorError or TypeError for the dtype, UnicodeError for a lone surrogate
+        raise CheckpointError(f"[save] {path}: {error}") from error
+    write_atomic(path, content)
+
+
+def load(path):
+    """Return the tree that `save` wrote to `path`: {item name: ...}, arrays as new NumPy arrays.
+
+    Raises CheckpointError for a file that is missing, truncated, damaged, or not a checkpoint of tinyres.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    expect(os.path.isfile(path), "load", "there is no checkpoint here", CheckpointError, path=path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            kind, version = metadata.get("format"), metadata.get("version")
+            rule = "the file must be a checkpoint of tinyres"
+            expect(kind == FORMAT, "load", rule, CheckpointError, path=path, format=kind)
+            rule = "this version of tinyres reads checkpoints of format version " + VERSION
+            expect(version == VERSION, "load", rule, CheckpointError, path=path, version=version)
+            arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        intact = _checksum(metadata["tree"], arrays) == metadata["crc32"]
+        expect(intact, "load", "the checkpoint is damaged: its checksum is wrong", CheckpointError, path=path)
+        return _join(json.loads(metadata["tree"]), arrays)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"[load] {path} is no readable safetensors file: {error}") from error
+    except (LookupError, TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"[load] {path}: the tree of the checkpoint is malformed: {error!r}") from error
+
+
+def write_atomic(path, content):
+    """Replace the file at `path` by the bytes `content`: after a crash at any moment it holds the old or the new."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(draft, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)  # the rename is durable once the folder is
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _split(value, path, arrays):
+    """The JSON part of `value`; its arrays go into `arrays` by their path."""
+    if hasattr(value, "state_dict"):
+        value = value.state_dict()
+    if isinstance(value, (np.ndarray, np.generic)):
+        name = "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
+        expect(name != "__metadata__", "save", "safetensors reserves this name", CheckpointError, name=name)
+        arrays[name] = np.asarray(value, value.dtype.newbyteorder("="), order="C")
+        return None
+    if isinstance(value, dict):
+        for key in value:
+            expect(isinstance(key, str), "save", "keys must be strings", CheckpointError, key=key, at=path)
+        return {key: _split(item, (*path, key), arrays) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_split(item, (*path, str(i)), arrays) for i, item in enumerate(value)]
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    rule = "items must be arrays, JSON values, or have state_dict()"
+    expect(plain, "save", rule, CheckpointError, at="/".join(path), type=type(value).__name__)
+    return value
+
+
+def _join(tree, arrays):
+    for name, array in arrays.items():
+        *path, last = (key.replace("~1", "/").replace("~0", "~") for key in name.split("/"))
+        place = tree
+        for key in path:
+            place = place[int(key) if isinstance(place, list) else key]
+        place[int(last) if isinstance(place, list) else last] = array
+    return tree
+
+
+def _checksum(tree, arrays):
+    crc = zlib.crc32(tree.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
+        crc = zlib.crc32(array.reshape(-1).view(np.uint8), crc)
+    return str(crc)

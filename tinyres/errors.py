@@ -1,0 +1,52 @@
+"""The project's exceptions, and `expect`, the one way that a check is written."""
+
+
+class TinyresError(Exception):
+    """Base of every error that tinyres raises on purpose."""
+
+
+class ShapeError(TinyresError, ValueError):
+    """Array shapes, ranks or a window geometry that do not fit the operation."""
+
+
+class DtypeError(TinyresError, TypeError):
+    """An array or argument of the wrong type."""
+
+
+class DeviceError(TinyresError, RuntimeError):
+    """A device that is absent, or arrays of two devices in one operation."""
+
+
+class ArgumentError(TinyresError, ValueError):
+    """A setting outside its range: a rate, an option, a label, a name."""
+
+
+class GraphError(TinyresError, RuntimeError):
+    """A backward sweep that the recorded graph cannot give."""
+
+
+class DataError(TinyresError, ValueError):
+    """A data set that is missing, damaged or not what it claims to be."""
+
+
+class CheckpointError(TinyresError, ValueError):
+    """A checkpoint that cannot be read, or does not fit what it is loaded into."""
+
+
+class NonFiniteError(TinyresError, ArithmeticError):
+    """A NaN or an infinity where training needs a number."""
+
+
+class GradcheckError(TinyresError, AssertionError):
+    """An analytic gradient that differs from the finite difference."""
+
+
+def expect(condition, op, rule, error=ShapeError, **got):
+    """Raise `error` unless `condition` holds.
+
+    The message is `[op] rule; got name value, name value`, for example
+    `[conv2d] input channels of x and w must agree; got x (8, 32, 32, 3), w (3, 3, 16, 16)`.
+    """
+    if not condition:
+        values = ", ".join(f"{name} {value}" for name, value in got.items())
+        raise error(f"[{op}] {rule}" + (f"; got {values}" if got else ""))

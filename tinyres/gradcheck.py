@@ -1,0 +1,256 @@
+"""Compare the gradients of a function with central differences in float64.
+
+Small inputs are checked entry by entry of the Jacobian, large ones along random directions. Upstream gradients are
+random and never ones, which hide whatever sums to zero. Where the function has a kink (ReLU at zero, a tie in a
+pooling window) no derivative exists: such a point is recognised from the function's values alone, never from the
+gradient under test, and drawn again nearby.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tinyres.autograd import Tensor, _sweep, no_grad
+from tinyres.errors import ArgumentError, DtypeError, GradcheckError, expect
+
+
+@dataclass(frozen=True)
+class GradcheckReport:
+    """What `gradcheck` did: derivatives compared, points drawn again because of a kink, largest absolute error."""
+
+    checked: int
+    redraws: int
+    largest_error: float
+
+
+class _Kink(Exception):
+    """The function is not differentiable at the point being checked."""
+
+
+def gradcheck(
+    fn: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Tensor | Sequence[Tensor],
+    *,
+    eps: float = 1e-6,
+    atol: float = 1e-5,
+    rtol: float = 1e-3,
+    seed: int = 0,
+    max_full: int = 256,
+    projections: int = 8,
+    max_redraws: int = 10,
+) -> GradcheckReport:
+    """Check the gradients of `fn(*inputs)` by every input.
+
+    fn           maps Tensors to a float64 Tensor, or to a tuple of them; the same inputs must give the same outputs
+                 (seed any randomness inside). It may also read the inputs by closure, as a module reads its weights.
+    inputs       float64 leaf Tensors that require gradients. Their `.data` is put back at the end; no `.grad` changes.
+    eps          step of the differences, times max(1, |x|)
+    atol, rtol   pass where |analytic - numeric| <= atol + rtol * |numeric|
+    seed         of the upstream gradients, directions and redraws
+    max_full     inputs and outputs up to this many elements enter the Jacobian one by one, larger ones through
+                 `projections` random directions
+    max_redraws  points tried before a function is said to have kinks everywhere
+
+    Raises GradcheckError for a wrong gradient: it names input and element, both values, the seed, and the call that
+    reproduces it. Raises ArgumentError or DtypeError for a wrong call.
+    """
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
+    _validate(fn, inputs, eps, atol, rtol, max_full, projections, max_redraws)
+    check = _Check(fn, tuple(inputs), eps, atol, rtol, seed, max_full, projections)
+    kept = [x.data for x in inputs]
+    start = [check.host(x) for x in inputs]
+    redraws = 0
+    try:
+        while True:
+            try:
+                check.run()
+                return GradcheckReport(check.checked, redraws, check.largest_error)
+            except _Kink as kink:
+                redraws += 1
+                expect(
+                    redraws <= max_redraws,
+                    "gradcheck",
+                    "fn must be differentiable near its inputs: every point drawn lay on a kink",
+                    error=GradcheckError,
+                    points=redraws,
+                    last=str(kink),
+                    seed=seed,
+                )
+            for x, values in zip(inputs, start, strict=True):
+                spread = 1e-3 * np.maximum(1.0, np.abs(values))  # a thousand steps: far from the kink, near the point
+                check.assign(x, values + spread * check.rng.uniform(-1.0, 1.0, values.shape))
+    finally:
+        for x, data in zip(inputs, kept, strict=True):
+            x.data = data
+
+
+def _validate(fn, inputs, eps, atol, rtol, max_full, projections, max_redraws):
+    op = "gradcheck"
+    expect(callable(fn), op, "fn must be callable", error=DtypeError, fn=type(fn).__name__)
+    expect(isinstance(inputs, (list, tuple)), op, "inputs must be Tensors", DtypeError, inputs=type(inputs).__name__)
+    expect(len(inputs) > 0, op, "there must be at least one input", error=ArgumentError)
+    for i, x in enumerate(inputs):
+        expect(isinstance(x, Tensor), op, "inputs must be Tensors", error=DtypeError, input=i, type=type(x).__name__)
+        expect(x.dtype == np.float64, op, "inputs must be float64", error=DtypeError, input=i, dtype=x.dtype)
+        leaf = x.requires_grad and x._node is None
+        expect(leaf, op, "inputs must be leaves that require gradients", error=ArgumentError, input=i)
+    expect(len({id(x) for x in inputs}) == len(inputs), op, "inputs must be different Tensors", error=ArgumentError)
+    for name, value in {"eps": eps, "atol": atol, "rtol": rtol}.items():
+        number = isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or name != "eps" and value == 0)
+        expect(number, op, f"{name} must be a positive number", error=ArgumentError, **{name: value})
+    for name, value, least in (("max_full", max_full, 0), ("projections", projections, 1), ("max_redraws", max_redraws, 0)):
+        integer = isinstance(value, int) and value >= least
+        expect(integer, op, f"{name} must be an integer of at least {least}", error=ArgumentError, **{name: value})
+
+
+class _Check:
+    """One gradient check. `weights` (rows, outputs) and a direction in one input pick the derivative that is compared:
+    analytically the gradient of `weights[row] . y` along the direction, numerically a difference of y's."""
+
+    def __init__(self, fn, inputs, eps, atol, rtol, seed, max_full, projections):
+        self.fn, self.inputs, self.eps, self.atol, self.rtol = fn, inputs, eps, atol, rtol
+        self.seed, self.max_full, self.projections = seed, max_full, projections
+        self.rng = np.random.default_rng(seed)
+        self.checked, self.largest_error = 0, 0.0
+
+    def run(self):
+        """Check the point at which the inputs stand now; _Kink if it turns out to lie on one."""
+        y = self.values()
+        repeated = np.array_equal(y, self.values())
+        expect(repeated, "gradcheck", "fn must give the same outputs for the same inputs", error=ArgumentError)
+        expect(np.isfinite(y).all(), "gradcheck", "outputs must be finite", error=ArgumentError)
+        weights, analytic = self.analytic(y.size)
+        for i, x in enumerate(self.inputs):
+            full = x.size <= self.max_full
+            for j in range(x.size if full else self.projections):
+                # No component of a direction is near zero: each element takes part in each projection.
+                direction = np.zeros(x.size) if full else self.random(x.size)
+                if full:
+                    direction[j] = 1.0
+                a, n = analytic[i] @ direction, weights @ self.slope(i, direction, y)
+                error = np.abs(a - n)
+                wrong = ~(error <= self.atol + self.rtol * np.abs(n))  # a NaN is wrong
+                if wrong.any():
+                    row = int(np.argmax(np.where(wrong, np.nan_to_num(error, nan=np.inf), -1.0)))
+                    self.fail(i, self.narrow(i, direction, weights[row], analytic[i][row]), weights[row], analytic[i][row])
+                self.checked += error.size
+                self.largest_error = max(self.largest_error, float(error.max(initial=0.0)))
+
+    def host(self, x):
+        return np.array(x.numpy(), dtype=np.float64)
+
+    def assign(self, x, values):
+        x.data = x.device.asarray(values)
+
+    def random(self, *shape):
+        """Signed numbers of magnitude 0.5 to 1.5."""
+        return self.rng.uniform(0.5, 1.5, shape) * self.rng.choice((-1.0, 1.0), shape)
+
+    def call(self):
+        outputs = self.fn(*self.inputs)
+        outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        for y in outputs:
+            expect(isinstance(y, Tensor), "gradcheck", "fn must return Tensors", error=DtypeError, type=type(y).__name__)
+            expect(y.dtype == np.float64, "gradcheck", "outputs must be float64", error=DtypeError, dtype=y.dtype)
+        return outputs
+
+    def values(self):
+        """All outputs at the present inputs as one vector."""
+        with no_grad():
+            return np.concatenate([self.host(y).ravel() for y in self.call()])
+
+    def analytic(self, outputs):
+        """weights (rows, outputs), and by input the gradients of `weights @ y` (rows, input size)."""
+        weights = self.random(1 if outputs <= self.max_full else self.projections, outputs)
+        scale = np.ones(len(weights))
+        if outputs <= self.max_full:
+            # The rows of the Jacobian. Their upstream gradient is a random multiple of a one, divided out again.
+            weights = np.concatenate([np.eye(outputs), weights])
+            scale = np.concatenate([self.random(outputs), scale])
+        gradients = [np.zeros((len(weights), x.size)) for x in self.inputs]
+        for row, upstream in enumerate(weights * scale[:, None]):
+            for into, dx in zip(gradients, self.backward(upstream), strict=True):
+                if dx is not None:  # else nothing reached this input: its gradient is zero
+                    into[row] = dx / scale[row]
+        return weights, gradients
+
+    def backward(self, upstream):
+        """The gradient by each input, flat, or None; no tensor's `grad` changes."""
+        ys, dys, end = [], [], 0
+        for y in self.call():
+            begin, end = end, end + y.size
+            if y.requires_grad:
+                ys.append(y)
+                dys.append(y.device.asarray(upstream[begin:end].reshape(y.shape)))
+        wanted = {(id(x), 0): None for x in self.inputs}
+        _sweep("gradcheck", ys, dys, False, wanted)
+        return [None if dx is None else Tensor(dx, device=x.device).numpy().ravel() for x, dx in zip(self.inputs, wanted.values(), strict=True)]
+
+    def slope(self, i, direction, y):
+        """Central difference of all outputs along a direction of input i; y are the outputs at the point itself."""
+        x = self.inputs[i]
+        point = self.host(x)
+        length = self.eps * max(1.0, np.abs(point.ravel()[direction != 0]).max())
+        direction = direction.reshape(x.shape)
+
+        def sides(h):
+            self.assign(x, point + h * direction)
+            right = (self.values() - y) / h
+            self.assign(x, point - h * direction)
+            return (y - self.values()) / h, right
+
+        data = x.data
+        try:
+            left, right = sides(length)
+            bend = right - left
+            rounding = 64 * np.finfo(np.float64).eps * np.abs(y).max(initial=0.0) / length
+            suspect = np.abs(bend) > self.atol + self.rtol * np.maximum(np.abs(left), np.abs(right)) + rounding
+            if not np.isfinite(bend).all():
+                raise _Kink(f"input {i}, element {self.name(i, direction)}: not finite beside it")
+            if suspect.any():
+                # Of a smooth function the bend is the curvature times the step: half the step, half the bend. At a
+                # kink inside the step it is not, and the second halving finds the one that the first one hits by luck.
+                halves = [np.subtract(*sides(length / 2)[::-1]), np.subtract(*sides(length / 4)[::-1])]
+                for part, half in zip((2, 4), halves):
+                    if not (np.abs(half * part - bend) <= 0.1 * np.abs(bend) + part * part * rounding)[suspect].all():
+                        raise _Kink(f"input {i}, element {self.name(i, direction)}")
+        finally:
+            x.data = data
+        return (left + right) / 2
+
+    def narrow(self, i, direction, weights, analytic):
+        """The direction's element whose derivative is wrong, found by halving where the error is larger."""
+        y = self.values()
+        support = np.flatnonzero(direction)
+        while support.size > 1:
+            errors = []
+            for half in np.array_split(support, 2):
+                part = np.zeros_like(direction)
+                part[half] = direction[half]
+                errors.append((abs(analytic @ part - weights @ self.slope(i, part, y)), half))
+            support = max(errors, key=lambda e: (math.isnan(e[0]), e[0]))[1]
+        return int(support[0])
+
+    def fail(self, i, element, weights, analytic):
+        direction = np.zeros(analytic.size)
+        direction[element] = 1.0
+        numeric = weights @ self.slope(i, direction, self.values())
+        picked = np.flatnonzero(weights)
+        shapes = ", ".join(str(x.shape) for x in self.inputs)
+        raise GradcheckError(
+            f"[gradcheck] analytic and numeric gradient must agree; got input {i}, element "
+            f"{self.name(i, direction)}, analytic {analytic[element]:.9g}, numeric {numeric:.9g}, "
+            f"of output {f'element {picked[0]} (flat)' if picked.size == 1 else 'times a random upstream gradient'}, "
+            f"seed {self.seed}; reproduce with tinyres.gradcheck(fn, inputs, seed={self.seed}), inputs of shapes {shapes}"
+        )
+
+    def name(self, i, direction):
+        """The index of a direction's element; of a projection, how many elements it moves."""
+        support = np.flatnonzero(direction)
+        if support.size > 1:
+            return f"{support.size} at once"
+        return tuple(int(k) for k in np.unravel_index(support[0], self.inputs[i].shape))

@@ -1,0 +1,22 @@
+"""Initial weights, drawn from the random stream "init" (`tinyres.manual_seed`)."""
+
+import math
+
+import numpy as np
+
+from tinyres.backend import random
+
+
+def he_normal(shape, fan_in):
+    """N(0, 2 / fan_in), float32: keeps the variance of activations through ReLU layers (He et al. 2015, "Delving
+    deep into rectifiers", equation 10)."""
+    stream, draw = random.next_draw("init")
+    n = math.prod(shape)
+    return (stream.normal(draw, n) * math.sqrt(2 / fan_in)).astype(np.float32).reshape(shape)
+
+
+def uniform(shape, bound):
+    """Uniform in [-bound, bound), float32."""
+    stream, draw = random.next_draw("init")
+    n = math.prod(shape)
+    return ((2 * stream.uniform(draw, n) - 1) * bound).astype(np.float32).reshape(shape)

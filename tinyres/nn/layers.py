@@ -1,0 +1,153 @@
+"""The layers: each holds its parameters and calls one op. Parameters are float32 on the default device."""
+
+import numpy as np
+
+from tinyres import backend, ops
+from tinyres.nn import init
+from tinyres.nn.module import Module, Parameter
+from tinyres.ops import checks
+
+
+class Conv2d(Module):
+    """2-D convolution of (N, H, W, in) with `out` windows (`ops.conv2d`); He initialisation, no bias unless asked.
+
+    weight  (R, S, in, out)
+    bias    (out,), zeros, where `bias`
+    """
+
+    def __init__(self, in_channels, out_channels, window, stride=1, padding=0, bias=False):
+        super().__init__()
+        in_channels = checks.integer("Conv2d", "in_channels", in_channels, 1)
+        out_channels = checks.integer("Conv2d", "out_channels", out_channels, 1)
+        self.window = checks.pair("Conv2d", "window", window, 1)
+        self.stride, self.padding = checks.pair("Conv2d", "stride", stride, 1), checks.pair("Conv2d", "padding", padding, 0)
+        shape = (*self.window, in_channels, out_channels)
+        self.weight = Parameter(init.he_normal(shape, fan_in=shape[0] * shape[1] * shape[2]))
+        self.bias = Parameter(np.zeros(out_channels, np.float32)) if bias else None
+
+    def forward(self, x):
+        return ops.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+    def extra_repr(self):
+        R, S, C, K = self.weight.shape
+        bias = "" if self.bias is None else ", bias=True"
+        return f"{C}, {K}, window={R}x{S}, stride={self.stride}, padding={self.padding}{bias}"
+
+
+class Linear(Module):
+    """x @ weight + bias on (N, in); He initialisation.
+
+    weight  (in, out)
+    bias    (out,), zeros, unless `bias` is False
+    """
+
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__()
+        shape = (checks.integer("Linear", "in_features", in_features, 1),
+                 checks.integer("Linear", "out_features", out_features, 1))  # fmt: skip
+        self.weight = Parameter(init.he_normal(shape, fan_in=shape[0]))
+        self.bias = Parameter(np.zeros(shape[1], np.float32)) if bias else None
+
+    def forward(self, x):
+        return ops.linear(x, self.weight, self.bias)
+
+    def extra_repr(self):
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}{'' if self.bias is not None else ', bias=False'}"
+
+
+class BatchNorm2d(Module):
+    """Batch normalisation of each channel of (N, H, W, C) (`ops.batch_norm`).
+
+    gamma, beta                (C,), ones and zeros
+    running_mean, running_var  buffers (C,): zeros and ones, updated in training, used in evaluation
+    """
+
+    op = staticmethod(ops.batch_norm)
+
+    def __init__(self, channels, momentum=0.1, eps=1e-5):
+        super().__init__()
+        channels = checks.integer("BatchNorm2d", "channels", channels, 1)
+        self.momentum = checks.fraction("BatchNorm2d", "momentum", momentum, one=True)
+        self.eps = checks.real("BatchNorm2d", "eps", eps)
+        self.gamma = Parameter(np.ones(channels, np.float32))
+        self.beta = Parameter(np.zeros(channels, np.float32))
+        device = backend.get()
+        self.register_buffer("running_mean", device.asarray(np.zeros(channels, np.float32)))
+        self.register_buffer("running_var", device.asarray(np.ones(channels, np.float32)))
+
+    def forward(self, *inputs):
+        return self.op(
+            *inputs, self.gamma, self.beta, self.running_mean, self.running_var, self.training, self.momentum, self.eps
+        )
+
+    def extra_repr(self):
+        return f"{self.gamma.shape[0]}, momentum={self.momentum}, eps={self.eps}"
+
+
+class ReLU(Module):
+    """max(x, 0)."""
+
+    def forward(self, x):
+        return ops.relu(x)
+
+
+class Identity(Module):
+    """x itself."""
+
+    def forward(self, x):
+        return x
+
+
+class MaxPool2d(Module):
+    """The largest value in each window (`ops.max_pool2d`)."""
+
+    op = staticmethod(ops.max_pool2d)
+
+    def __init__(self, window, stride=None, padding=0):
+        super().__init__()
+        name = type(self).__name__
+        self.window = checks.pair(name, "window", window, 1)
+        self.stride = self.window if stride is None else checks.pair(name, "stride", stride, 1)
+        self.padding = checks.pair(name, "padding", padding, 0)
+
+    def forward(self, x):
+        return self.op(x, self.window, self.stride, self.padding)
+
+    def extra_repr(self):
+        return f"window={self.window}, stride={self.stride}, padding={self.padding}"
+
+
+class AvgPool2d(MaxPool2d):
+    """The mean of each window (`ops.avg_pool2d`)."""
+
+    op = staticmethod(ops.avg_pool2d)
+
+
+class GlobalAvgPool2d(Module):
+    """The mean over the image: (N, H, W, C) to (N, C)."""
+
+    def forward(self, x):
+        return ops.global_avg_pool2d(x)
+
+
+class Flatten(Module):
+    """(N, ...) to (N, product of the rest)."""
+
+    def forward(self, x):
+        return ops.flatten(x)
+
+
+class Dropout(Module):
+    """In training, zeroes elements with probability p and scales the rest (`ops.dropout`)."""
+
+    def __init__(self, p=0.5):
+        super().__init__()
+        self.p = checks.fraction("Dropout", "p", p)
+
+    def forward(self, x):
+        return ops.dropout(x, self.p, self.training)
+
+    def extra_repr(self):
+        return f"p={self.p}"
+
+

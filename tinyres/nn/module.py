@@ -1,0 +1,224 @@
+"""Module: a tree of layers with named parameters and buffers."""
+
+import numpy as np
+
+from tinyres import backend
+from tinyres.autograd import FLOATS, Handle, Tensor, tensor
+from tinyres.errors import ArgumentError, CheckpointError, DtypeError, expect
+
+
+class Parameter(Tensor):
+    """A leaf Tensor that a Module trains: a float32 or float64 copy of `array` on the default or given device."""
+
+    __slots__ = ()
+
+    def __init__(self, array, device=None):
+        device = backend.get(device)
+        if isinstance(array, Tensor):
+            array = array.data
+        data = tensor(array, requires_grad=True, device=device).data
+        super().__init__(device.kernels.broadcast_to(data, data.shape), True, device)
+
+    def __repr__(self):
+        return f"Parameter({super().__repr__()})"
+
+
+class Module:
+    """A layer or a network: subclass it, set Parameters and Modules as attributes, define `forward`.
+
+    Attributes are registered in the order of assignment, which is the order of `parameters()`. A subclass calls
+    `super().__init__()` first.
+    """
+
+    def __init__(self):
+        # Past __setattr__, which would look for these.
+        self.__dict__.update(_parameters={}, _buffers={}, _modules={}, _forward_hooks={}, training=True)
+
+    def forward(self, *inputs):
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def __call__(self, *inputs):
+        output = self.forward(*inputs)
+        if self._forward_hooks:
+            for hook in list(self._forward_hooks.values()):
+                hook(self, inputs, output)
+        return output
+
+    def __setattr__(self, name, value):
+        tables = self.__dict__.get("_parameters"), self.__dict__.get("_buffers"), self.__dict__.get("_modules")
+        expect(tables[0] is not None, type(self).__name__, "call super().__init__() before setting attributes",
+               ArgumentError, attribute=name)  # fmt: skip
+        held = isinstance(value, (list, tuple)) and any(isinstance(v, (Module, Parameter)) for v in value)
+        expect(not held, type(self).__name__, "modules in a list would not be trained: use Sequential", ArgumentError,
+               attribute=name)  # fmt: skip
+        table = tables[0] if isinstance(value, Parameter) else tables[2] if isinstance(value, Module) else None
+        if table is None and name in tables[1]:
+            table = tables[1]
+        for other in tables:
+            if other is not table:
+                other.pop(name, None)
+        if table is None:
+            self.__dict__[name] = value
+        else:
+            self.__dict__.pop(name, None)
+            table[name] = value
+
+    def __getattr__(self, name):
+        for table in ("_parameters", "_buffers", "_modules"):
+            if name in self.__dict__.get(table, ()):
+                return self.__dict__[table][name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def register_buffer(self, name, array):
+        """Keep `array`, an array of the default device, as state that is saved but not trained."""
+        self._buffers[name] = array
+
+    def register_forward_hook(self, hook):
+        """Call `hook(module, inputs, output)` after each forward. Returns a handle whose `remove()` ends it."""
+        return Handle(self._forward_hooks, hook)
+
+    def children(self):
+        """The modules directly below, as (name, module)."""
+        return self._modules.items()
+
+    def named_modules(self, prefix=""):
+        """(dotted name, module) for this module (its name is the prefix) and all below, parents first."""
+        yield prefix, self
+        for name, child in self.children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def modules(self):
+        """This module and all below, parents first."""
+        for _, module in self.named_modules():
+            yield module
+
+    def named_parameters(self):
+        """(dotted name, Parameter), each parameter once, in the order of assignment."""
+        seen = set()
+        for prefix, module in self.named_modules():
+            for name, parameter in module._parameters.items():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield (f"{prefix}.{name}" if prefix else name), parameter
+
+    def parameters(self):
+        """The Parameters, each once, in the order of assignment."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def named_buffers(self):
+        """(dotted name, array) of the state that is saved but not trained."""
+        for prefix, module in self.named_modules():
+            for name, array in module._buffers.items():
+                yield (f"{prefix}.{name}" if prefix else name), array
+
+    def buffers(self):
+        """The arrays that are saved but not trained."""
+        for _, array in self.named_buffers():
+            yield array
+
+    def train(self, mode=True):
+        """Set training mode (batch statistics, dropout) here and below; returns the module."""
+        for module in self.modules():
+            module.training = bool(mode)
+        return self
+
+    def eval(self):
+        """Set evaluation mode here and below; returns the module."""
+        return self.train(False)
+
+    def zero_grad(self):
+        """Forget all gradients: each parameter's `grad` becomes None."""
+        for parameter in self.parameters():
+            parameter.zero_grad()
+
+    def to(self, device=None, dtype=None):
+        """Move parameters and buffers to a device and/or dtype (float32 or float64), in place; returns the module.
+
+        Gradients are forgotten. Raises DtypeError or DeviceError before anything is moved.
+        """
+        device = None if device is None else backend.get(device)
+        if dtype is not None:
+            try:
+                dtype = np.dtype(dtype)
+            except TypeError:
+                dtype = repr(dtype)
+            expect(dtype in FLOATS, "to", "dtype must be float32 or float64", DtypeError, dtype=dtype)
+        home = device or next((parameter.device for parameter in self.parameters()), backend.get())
+        for parameter in self.parameters():
+            parameter.device = device or parameter.device
+            parameter.zero_grad()
+            parameter.data = parameter.device.asarray(parameter.data, dtype)
+        for module in self.modules():
+            for name, array in module._buffers.items():
+                module._buffers[name] = home.asarray(array, dtype)
+        return self
+
+    def state_dict(self):
+        """Copies of all parameters and buffers as a flat dict: dotted name -> NumPy array."""
+        state = {name: parameter.numpy().copy() for name, parameter in self.named_parameters()}
+        state.update((name, np.array(array)) for name, array in self.named_buffers())
+        return state
+
+    def load_state_dict(self, state):
+        """Copy the arrays of `state` (as from `state_dict`) into the parameters and buffers, casting to their dtypes.
+
+        Raises CheckpointError, before anything is changed, listing every name that is missing, unexpected or of
+        another shape.
+        """
+        expect(hasattr(state, "items"), "load_state_dict", "needs a dict of arrays", CheckpointError,
+               state=type(state).__name__)  # fmt: skip
+        own = {name: parameter.data for name, parameter in self.named_parameters()} | dict(self.named_buffers())
+        problems = [f"missing {name}" for name in own if name not in state]
+        problems += [f"unexpected {name}" for name in state if name not in own]
+        problems += [
+            f"{name} has dtype {np.asarray(state[name]).dtype}"
+            for name in own
+            if name in state and np.asarray(state[name]).dtype.kind not in "fiub"
+        ]
+        problems += [
+            f"{name} has shape {np.shape(state[name])}, the model's is {array.shape}"
+            for name, array in own.items()
+            if name in state and np.shape(state[name]) != array.shape
+        ]
+        expect(not problems, "load_state_dict", "the state must fit the model: " + "; ".join(problems), CheckpointError)
+        for name, array in own.items():
+            array[...] = state[name]
+
+    def extra_repr(self):
+        """What `print` shows between the parentheses of a layer."""
+        return ""
+
+    def __repr__(self):
+        lines = [f"  ({name}): " + repr(child).replace("\n", "\n  ") for name, child in self.children()]
+        head = f"{type(self).__name__}({self.extra_repr()}"
+        return head + ("\n" + "\n".join(lines) + "\n)" if lines else ")")
+
+
+class Sequential(Module):
+    """Modules applied one after another. Indexing gives a module, slicing a Sequential of the same modules."""
+
+    def __init__(self, *modules):
+        super().__init__()
+        for i, module in enumerate(modules):
+            expect(isinstance(module, Module), "Sequential", "every part must be a Module", DtypeError,
+                   part=type(module).__name__)  # fmt: skip
+            setattr(self, str(i), module)
+
+    def forward(self, x):
+        for module in self._modules.values():
+            x = module(x)
+        return x
+
+    def __len__(self):
+        return len(self._modules)
+
+    def __iter__(self):
+        return iter(self._modules.values())
+
+    def __getitem__(self, index):
+        modules = list(self._modules.values())
+        if isinstance(index, slice):
+            return Sequential(*modules[index])
+        expect(-len(modules) <= index < len(modules), "Sequential", "the index must exist", ArgumentError, index=index)
+        return modules[index]

@@ -1,0 +1,78 @@
+"""Residual units and the shortcuts of He et al. 2015, section 3.3."""
+
+from tinyres import ops
+from tinyres.errors import ArgumentError, DtypeError, expect
+from tinyres.nn.layers import BatchNorm2d, Conv2d, ReLU
+from tinyres.nn.module import Module, Sequential
+
+
+_RELU = ReLU()  # stands for the default: each unit gets a ReLU of its own
+
+
+class Residual(Module):
+    """A residual unit: y = activation(join(branch(h), shortcut(h))), where h = pre(x).
+
+    branch      modules applied in order: the residual function F
+    shortcut    a Module; None is the identity
+    activation  applied after the join; None leaves it out
+    pre         applied before the split, so that both paths see it; None leaves it out
+    join        a Module called with (branch output, shortcut output); None adds them
+
+    The original unit (2015, Fig. 2) is Residual(conv, bn, relu, conv, bn). The pre-activation unit (2016, Fig. 1b)
+    is Residual(bn, relu, conv, bn, relu, conv, activation=None); with `pre=Sequential(bn, relu)` both paths share
+    the first activation.
+    """
+
+    def __init__(self, *branch, shortcut=None, activation=_RELU, pre=None, join=None):
+        super().__init__()
+        activation = ReLU() if activation is _RELU else activation
+        for name, part in (("shortcut", shortcut), ("activation", activation), ("pre", pre), ("join", join)):
+            expect(part is None or isinstance(part, Module), "Residual", f"{name} must be a Module or None", DtypeError,
+                   **{name: type(part).__name__})  # fmt: skip
+        expect(len(branch) > 0, "Residual", "the branch needs at least one module", ArgumentError)
+        self.pre = pre
+        self.branch = Sequential(*branch)
+        self.shortcut = shortcut
+        self.join = join
+        self.activation = activation
+
+    def forward(self, x):
+        if self.pre is not None:
+            x = self.pre(x)
+        branch = self.branch(x)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        y = branch + shortcut if self.join is None else self.join(branch, shortcut)
+        return y if self.activation is None else self.activation(y)
+
+
+class ZeroPadShortcut(Module):
+    """Option A: every stride-th pixel, and zeros for the channels that are new. No parameters."""
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__()
+        expect(out_channels >= in_channels, "ZeroPadShortcut", "channels can only be added", ArgumentError,
+               in_channels=in_channels, out_channels=out_channels)  # fmt: skip
+        self.stride, self.new_channels = stride, out_channels - in_channels
+
+    def forward(self, x):
+        before = self.new_channels // 2
+        x = ops.getitem(x, (slice(None), slice(None, None, self.stride), slice(None, None, self.stride)))
+        return ops.pad(x, ((0, 0), (0, 0), (0, 0), (before, self.new_channels - before)))
+
+    def extra_repr(self):
+        return f"stride={self.stride}, new_channels={self.new_channels}"
+
+
+def shortcut(option, in_channels, out_channels, stride):
+    """The shortcut module of a unit, None for the identity (He et al. 2015, section 3.3 and Table 3).
+
+    option  "A": zero padding where the dimensions change; "B": a projection there (1x1 convolution and batch norm);
+            "C": a projection everywhere
+    Raises ArgumentError for another option.
+    """
+    expect(option in ("A", "B", "C"), "shortcut", "the shortcut must be A, B or C", ArgumentError, shortcut=option)
+    if option != "C" and stride == 1 and in_channels == out_channels:
+        return None
+    if option == "A":
+        return ZeroPadShortcut(in_channels, out_channels, stride)
+    return Sequential(Conv2d(in_channels, out_channels, 1, stride), BatchNorm2d(out_channels))

@@ -1,0 +1,88 @@
+"""What ops check of their arguments before anything is computed."""
+
+import numbers
+import operator
+
+import numpy as np
+
+from tinyres.autograd import FLOATS, Tensor
+from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, expect
+
+
+def operands(op, **tensors):
+    """Each is a float32 or float64 Tensor, and all have one dtype and one device."""
+    first = None
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise DtypeError(f"[{op}] {name} must be a Tensor; got {type(x).__name__}")
+        if first is None:
+            first = x
+            if x.dtype not in FLOATS:
+                raise DtypeError(f"[{op}] {name} must be float32 or float64; got dtype {x.dtype}")
+        elif x.dtype != first.dtype:
+            got = ", ".join(f"{n} {t.dtype}" for n, t in tensors.items() if isinstance(t, Tensor))
+            raise DtypeError(f"[{op}] operands must have one dtype; got {got}")
+        elif x.device is not first.device:
+            got = ", ".join(f"{n} {t.device}" for n, t in tensors.items() if isinstance(t, Tensor))
+            raise DeviceError(f"[{op}] operands must be on one device; got {got}")
+
+
+def rank(op, name, x, letters):
+    """`x` has one axis per letter of `letters`, such as "NHWC", and none of them is empty."""
+    if x.ndim != len(letters) or 0 in x.shape:
+        raise ShapeError(f"[{op}] {name} must be ({', '.join(letters)}) with no empty axis; got {name} {x.shape}")
+
+
+def integer(op, name, value, minimum):
+    """`value` as an int that is at least `minimum`."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        raise DtypeError(f"[{op}] {name} must be an integer; got {name} {value!r}") from None
+    expect(whole >= minimum and not isinstance(value, bool), op, f"{name} must be at least {minimum}", ArgumentError,
+           **{name: value})  # fmt: skip
+    return whole
+
+
+def pair(op, name, value, minimum):
+    """An integer, or one for height and one for width, as a pair of ints of at least `minimum`."""
+    if isinstance(value, (tuple, list)):
+        expect(len(value) == 2, op, f"{name} must be an integer or a pair", ArgumentError, **{name: value})
+        return integer(op, name, value[0], minimum), integer(op, name, value[1], minimum)
+    return (integer(op, name, value, minimum),) * 2
+
+
+def fits(op, shape, window, stride, padding):
+    """The padded image is at least as large as the window; returns the output size (P, Q)."""
+    H, W = shape[1] + 2 * padding[0], shape[2] + 2 * padding[1]
+    expect(window[0] <= H and window[1] <= W, op, "the window must fit into the padded image", x=shape, window=window,
+           padding=padding)  # fmt: skip
+    return (H - window[0]) // stride[0] + 1, (W - window[1]) // stride[1] + 1
+
+
+def fraction(op, name, value, one=False):
+    """`value` as a float in [0, 1), or [0, 1] where `one`."""
+    number = real(op, name, value)
+    valid = 0 <= number < 1 or (one and number == 1)
+    expect(valid, op, f"{name} must be in [0, 1{']' if one else ')'}", ArgumentError, **{name: value})
+    return number
+
+
+def real(op, name, value):
+    """`value` as a finite float."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+    expect(number and np.isfinite(value), op, f"{name} must be a finite number", ArgumentError, **{name: repr(value)})
+    return float(value)
+
+
+def axes(op, axis, ndim):
+    """None, an int or a sequence of ints as a sorted tuple of distinct axes in 0 .. ndim-1."""
+    if axis is None:
+        return tuple(range(ndim))
+    chosen = []
+    for a in axis if isinstance(axis, (tuple, list)) else (axis,):
+        a = integer(op, "axis", a, -ndim)
+        expect(a < ndim, op, "axis must exist", axis=axis, ndim=ndim)
+        chosen.append(a % ndim)
+    expect(len(set(chosen)) == len(chosen), op, "an axis may be named once", axis=axis)
+    return tuple(sorted(chosen))

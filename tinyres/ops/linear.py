@@ -1,0 +1,58 @@
+"""Matrix products: matmul, and the linear layer. Gradients: Y = A B gives dA = dY B^T, dB = A^T dY."""
+
+import numpy as np
+
+from tinyres.autograd import Function
+from tinyres.errors import ShapeError, expect
+from tinyres.ops import checks
+
+
+class MatMul(Function):
+    fresh_gradients = True
+
+    def forward(self, a, b):
+        self.saved = a, b
+        return self.kernels.matmul(a, b)
+
+    def backward(self, dy):
+        k, (a, b) = self.kernels, self.saved
+        da = k.sum_to(k.matmul(dy, b, transpose_b=True), a.shape) if self.needs[0] else None
+        return da, k.sum_to(k.matmul(a, dy, transpose_a=True), b.shape) if self.needs[1] else None
+
+
+class Linear(Function):
+    fresh_gradients = True
+
+    def forward(self, x, w, b):
+        self.saved = x, w
+        y = self.kernels.matmul(x, w)
+        return y if b is None else self.kernels.add(y, b)
+
+    def backward(self, dy):
+        k, (x, w) = self.kernels, self.saved
+        dx = k.matmul(dy, w, transpose_b=True) if self.needs[0] else None
+        dw = k.matmul(x, dy, transpose_a=True) if self.needs[1] else None
+        return dx, dw, k.sum(dy, (0,), False) if self.needs[2] else None
+
+
+def matmul(a, b):
+    """a @ b for a (..., M, K) and b (..., K, N); leading axes broadcast. Raises ShapeError where they do not fit."""
+    checks.operands("matmul", a=a, b=b)
+    expect(a.ndim >= 2 and b.ndim >= 2, "matmul", "operands must have at least two axes", a=a.shape, b=b.shape)
+    expect(a.shape[-1] == b.shape[-2], "matmul", "columns of a and rows of b must agree", a=a.shape, b=b.shape)
+    try:
+        np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except ValueError:
+        raise ShapeError(f"[matmul] leading axes must broadcast; got a {a.shape}, b {b.shape}") from None
+    return MatMul.apply(a, b)
+
+
+def linear(x, w, b=None):
+    """x @ w + b for x (N, in), w (in, out), b (out,) or None: (N, out). Raises ShapeError where they do not fit."""
+    checks.operands("linear", x=x, w=w, **({} if b is None else {"b": b}))
+    checks.rank("linear", "x", x, ("N", "in"))
+    checks.rank("linear", "w", w, ("in", "out"))
+    expect(x.shape[1] == w.shape[0], "linear", "columns of x and rows of w must agree", x=x.shape, w=w.shape)
+    if b is not None:
+        expect(b.shape == w.shape[1:], "linear", "b must be (out,)", w=w.shape, b=b.shape)
+    return Linear.apply(x, w, b)

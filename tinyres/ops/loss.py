@@ -1,0 +1,44 @@
+"""Softmax cross-entropy, from logits."""
+
+import numpy as np
+
+from tinyres.autograd import Function, Tensor
+from tinyres.errors import ArgumentError, DeviceError, DtypeError, expect
+from tinyres.ops import checks
+
+
+class CrossEntropy(Function):
+    fresh_gradients = True
+
+    def forward(self, logits, labels, smoothing):
+        # The gradient costs next to nothing once the softmax is there, so the kernel gives both.
+        loss, self.saved = self.kernels.cross_entropy(logits, labels, smoothing)
+        return loss
+
+    def backward(self, dy):
+        return self.kernels.mul(self.saved, dy)
+
+
+def cross_entropy(logits, labels, label_smoothing=0.0):
+    """The mean over N of -sum_k target_k log softmax(logits)_k.
+
+    logits  (N, K)
+    labels  (N,) integers in 0 .. K-1, array or Tensor
+    label_smoothing  e in [0, 1]: the target is 1 - e + e/K at the label and e/K elsewhere
+    Returns a scalar. Raises ShapeError, DtypeError, DeviceError or ArgumentError for what does not fit.
+    """
+    op = "cross_entropy"
+    checks.operands(op, logits=logits)
+    checks.rank(op, "logits", logits, "NK")
+    labels = labels.data if isinstance(labels, Tensor) else labels
+    if isinstance(labels, (list, tuple)):
+        labels = logits.device.asarray(labels)
+    expect(logits.device.owns(labels), op, "labels must be an array on the device of logits", DeviceError,
+           labels=type(labels).__name__)  # fmt: skip
+    expect(labels.dtype.kind in "iu", op, "labels must be integers", DtypeError, labels=labels.dtype)
+    N, K = logits.shape
+    expect(labels.shape == (N,), op, "labels must be one per row of logits", logits=logits.shape, labels=labels.shape)
+    low, high = int(labels.min()), int(labels.max())
+    expect(0 <= low and high < K, op, f"labels must be in 0 .. {K - 1}", ArgumentError, smallest=low, largest=high)
+    smoothing = checks.fraction(op, "label_smoothing", label_smoothing, one=True)
+    return CrossEntropy.apply(logits, labels=labels.astype(np.int64, copy=False), smoothing=smoothing)

@@ -1,0 +1,22 @@
+"""The join of a residual unit in one pass: y = relu(a + b) (He et al. 2015, equation 1 and Fig. 2)."""
+
+from tinyres.autograd import Function
+from tinyres.errors import expect
+from tinyres.ops import checks
+
+
+class AddReLU(Function):
+    def forward(self, a, b):
+        self.saved = self.kernels.add_relu(a, b)
+        return self.saved
+
+    def backward(self, dy):
+        da = self.kernels.relu_backward(dy, self.saved)
+        return da, da
+
+
+def add_relu(a, b):
+    """relu(a + b) for tensors of one shape (no broadcasting), dtype and device; else an error."""
+    checks.operands("add_relu", a=a, b=b)
+    expect(a.shape == b.shape, "add_relu", "a and b must have one shape", a=a.shape, b=b.shape)
+    return AddReLU.apply(a, b)

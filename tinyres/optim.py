@@ -1,0 +1,130 @@
+"""Stochastic gradient descent, and schedules of its rate."""
+
+import math
+from types import SimpleNamespace
+
+from tinyres.autograd import Tensor
+from tinyres.errors import ArgumentError, CheckpointError, DtypeError, expect
+from tinyres.ops import checks
+
+
+class SGD:
+    """Gradient descent with momentum and weight decay, all parameters in one kernel call.
+
+    g = dw + weight_decay w;  v = momentum v + g;  w -= lr (g + momentum v if nesterov else v)
+
+    params  an iterable of Parameters (or leaf Tensors), or of dicts {"params": [...], "weight_decay": d} for groups
+            with a decay of their own
+    lr      the rate; assign `optimizer.lr` to change it
+    Raises ArgumentError for a setting outside its range, DtypeError for what is no parameter.
+    """
+
+    def __init__(self, params, lr, momentum=0, weight_decay=0, nesterov=False):
+        self.lr = _at_least_zero("lr", lr)
+        self.momentum = checks.fraction("SGD", "momentum", momentum)
+        self.weight_decay, self.nesterov = _at_least_zero("weight_decay", weight_decay), bool(nesterov)
+        expect(not nesterov or self.momentum > 0, "SGD", "nesterov needs momentum", ArgumentError, momentum=momentum)
+        expect(not isinstance(params, (Tensor, str)), "SGD", "params must be an iterable of Parameters", DtypeError,
+               params=type(params).__name__)  # fmt: skip
+        self.params, self._decays = [], []
+        for group in params:
+            own = isinstance(group, dict)
+            decay = _at_least_zero("weight_decay", group.get("weight_decay", weight_decay)) if own else self.weight_decay
+            for p in group["params"] if own else (group,):
+                leaf = isinstance(p, Tensor) and p.requires_grad and p._node is None
+                expect(leaf, "SGD", "every parameter must be a leaf Tensor that requires a gradient", DtypeError,
+                       parameter=type(p).__name__)  # fmt: skip
+                self.params.append(p)
+                self._decays.append(decay)
+        expect(len(self.params) > 0, "SGD", "at least one parameter", ArgumentError)
+        expect(len({id(p) for p in self.params}) == len(self.params), "SGD", "a parameter may be given once",
+               ArgumentError)  # fmt: skip
+        self._velocities = [None] * len(self.params)
+
+    def step(self):
+        """Update every parameter that has a gradient."""
+        lr = _at_least_zero("lr", self.lr)
+        by_table = {}  # one call for each device and dtype: usually one
+        for i, p in enumerate(self.params):
+            if p.grad is None:
+                continue
+            fits = p.grad.shape == p.shape and p.grad.dtype == p.dtype
+            expect(fits, "SGD", "a gradient must have its parameter's shape and dtype", parameter=(p.shape, p.dtype),
+                   gradient=(p.grad.shape, p.grad.dtype))  # fmt: skip
+            if not (p.data.flags.c_contiguous and p.data.flags.writeable):
+                p.data = p.data.copy()  # assigned from outside: kernels update dense arrays of our own
+            if self.momentum:
+                self._velocities[i] = _like(self._velocities[i], p)
+            by_table.setdefault((p.device.name, p.dtype), []).append(i)
+        for indices in by_table.values():
+            kernels = self.params[indices[0]].device.kernels
+            kernels.sgd(
+                [self.params[i].data for i in indices],
+                [self._velocities[i] for i in indices] if self.momentum else None,
+                [kernels.contiguous(self.params[i].grad) for i in indices],
+                [self._decays[i] for i in indices],
+                lr, self.momentum, self.nesterov,
+            )  # fmt: skip
+
+    def zero_grad(self):
+        """Forget all gradients."""
+        for p in self.params:
+            p.zero_grad()
+
+    def state_dict(self):
+        """lr, momentum, weight_decay, nesterov, and `velocity`: a dict of position -> copy of the array."""
+        velocity = {str(i): v.copy() for i, v in enumerate(self._velocities) if v is not None}
+        settings = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
+        return {**settings, "nesterov": self.nesterov, "velocity": velocity}
+
+    def load_state_dict(self, state):
+        """Go on from what `state_dict` returned. Raises CheckpointError, before anything changes, if it does not fit."""
+        names = {"lr", "momentum", "weight_decay", "nesterov", "velocity"}
+        expect(hasattr(state, "keys") and set(state) == names, "SGD.load_state_dict", f"the state must hold {sorted(names)}",
+               CheckpointError, state=sorted(state) if hasattr(state, "keys") else type(state).__name__)  # fmt: skip
+        velocities = [None] * len(self.params)
+        for key, v in state["velocity"].items():
+            fits = key.isdecimal() and int(key) < len(self.params) and v.shape == self.params[int(key)].shape
+            expect(fits, "SGD.load_state_dict", "each velocity must fit a parameter", CheckpointError, velocity=key,
+                   shape=v.shape, parameters=len(self.params))  # fmt: skip
+            p = self.params[int(key)]
+            velocities[int(key)] = p.device.kernels.broadcast_to(p.device.asarray(v, p.dtype), v.shape)
+        self.lr, self.momentum, self.nesterov = state["lr"], state["momentum"], state["nesterov"]
+        self.weight_decay, self._velocities = state["weight_decay"], velocities
+
+
+def _like(velocity, p):
+    """The velocity of `p`: zeros at first and after its data took another shape; cast where its dtype changed."""
+    if velocity is None or velocity.shape != p.shape:
+        return p.device.kernels.broadcast_to(p.device.asarray(0, p.dtype), p.shape)
+    return velocity if velocity.dtype == p.dtype else velocity.astype(p.dtype)
+
+
+def _at_least_zero(name, value):
+    value = checks.real("SGD", name, value)
+    expect(value >= 0, "SGD", f"{name} must be at least 0", ArgumentError, **{name: value})
+    return value
+
+
+def _step_decay(lr, milestones, factor=0.1):
+    """lr, times `factor` from each iteration of `milestones` on (He et al. 2015, section 4.2: 32000, 48000)."""
+    return lambda step: lr * factor ** sum(step >= m for m in milestones)
+
+
+def _one_cycle(lr, steps, warmup=0.3):
+    """From lr / 25 up to lr over the share `warmup` of `steps`, then down to lr / 10000, both along half a cosine
+    (Smith and Topin 2017, "Super-convergence")."""
+    expect(steps >= 1, "one_cycle", "at least one step", ArgumentError, steps=steps)
+    top = max(1.0, warmup * steps)
+
+    def schedule(step):
+        if step < top:
+            return lr / 25 + (lr - lr / 25) * (1 - math.cos(math.pi * step / top)) / 2
+        done = min(1.0, (step - top) / max(1.0, steps - top))
+        return lr / 1e4 + (lr - lr / 1e4) * (1 + math.cos(math.pi * done)) / 2
+
+    return schedule
+
+
+# Schedules are functions from the iteration number, counted from 0, to the rate.
+schedules = SimpleNamespace(step_decay=_step_decay, one_cycle=_one_cycle)

@@ -1,0 +1,67 @@
+"""Run-time choices: the one place for them.
+
+`tinyres.options(threads=1)` applies from here on; as `with tinyres.options(conv="naive"):` it ends with the block.
+The choices belong to the current context (`contextvars`), so threads do not see each other's.
+"""
+
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, replace
+
+from tinyres import _cpu
+from tinyres.errors import ArgumentError, expect
+
+CONV = ("auto", "naive", "direct")
+
+
+@dataclass(frozen=True)
+class Options:
+    """conv     how convolutions are computed: naive (the readable loops), direct (blocked and vectorised) or auto
+    threads  CPU threads; None is OMP_NUM_THREADS where set, else every CPU that this process may use
+    """
+
+    conv: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self):
+        expect(self.conv in CONV, "options", f"conv must be one of {', '.join(CONV)}", ArgumentError, conv=self.conv)
+        whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
+        valid = self.threads is None or (whole and 1 <= self.threads <= 1024)
+        expect(valid, "options", "threads must be None or an integer in 1 .. 1024", ArgumentError, threads=self.threads)
+
+
+_current = ContextVar("tinyres.options", default=Options())
+
+
+def get():
+    """The Options in force."""
+    return _current.get()
+
+
+class options:
+    """Change options, by name, from here on or for a `with` block.
+
+    Raises ArgumentError for an unknown name or value.
+    """
+
+    def __init__(self, **changes):
+        self._before = get()
+        names = Options.__dataclass_fields__
+        for name in changes:
+            expect(name in names, "options", f"the options are {', '.join(names)}", ArgumentError, name=name)
+        _apply(replace(self._before, **changes))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        _apply(self._before)
+
+    @staticmethod
+    def current():
+        """The options in force as a dict, for records."""
+        return asdict(get())
+
+
+def _apply(chosen):
+    _current.set(chosen)
+    _cpu.set_threads(chosen.threads or 0)

@@ -1,0 +1,318 @@
+"""The reusable pieces of a training loop. The loop itself stands in the program that runs it: examples/*.py."""
+
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from tinyres import _cpu, ops
+from tinyres.autograd import Tensor, no_grad, tensor
+from tinyres.backend import random
+from tinyres.checkpoint import write_atomic
+from tinyres.errors import NonFiniteError
+
+
+class Running:
+    """Sums over the batches of an epoch, in Python floats: what a checkpoint in mid-epoch has to keep."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.images, self.wrong, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
+
+    def add(self, loss, logits, labels, seconds=0.0):
+        """Add one batch: its mean loss (float), logits (N, K) and labels (N,), and the seconds that it took.
+
+        Returns the batch's own error in percent. A NaN among an image's logits counts as an error.
+        """
+        wrong = int((logits.data.argmax(axis=1) != labels).sum())
+        self.images += len(labels)
+        self.wrong += wrong
+        self.loss_sum += loss * len(labels)
+        self.seconds += seconds
+        return 100.0 * wrong / len(labels)
+
+    @property
+    def loss(self):
+        """Mean loss per image."""
+        return self.loss_sum / max(self.images, 1)
+
+    @property
+    def error(self):
+        """Percent of the images whose largest logit is not their label's."""
+        return 100.0 * self.wrong / max(self.images, 1)
+
+    @property
+    def images_per_second(self):
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def state_dict(self):
+        return dict(vars(self))
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+def evaluate(model, loader):
+    """Mean loss and error in percent of `model`, in evaluation mode, over one pass of `loader.epoch()`.
+
+    Every module is left in the mode in which it was.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    running = Running()
+    with no_grad():
+        for x, labels in loader.epoch():
+            logits = model(tensor(x))
+            running.add(ops.cross_entropy(logits, labels).item(), logits, labels)
+    for module, training in modes:
+        module.training = training
+    return running.loss, running.error
+
+
+def check_finite(loss, model, x, step):
+    """Return quietly if `loss` (float) is finite; else raise NonFiniteError, which names the step and the culprit.
+
+    The forward pass of the batch `x` is run again, and the first layer whose output is not finite is named, by its
+    dotted name and type, with its parameters that are not finite either. BN's running statistics and the state of
+    the random numbers are afterwards what they were.
+    """
+    if math.isfinite(loss):
+        return
+    x = x if isinstance(x, Tensor) else tensor(x)
+    if _finite(x):
+        culprit = _first_non_finite(model, x)
+    else:
+        culprit = "the input batch itself is not finite"
+    raise NonFiniteError(f"[train] the loss must be finite; got {loss} at step {step}: {culprit}")
+
+
+def _first_non_finite(model, x):
+    buffers = [(buffer, buffer.copy()) for _, buffer in model.named_buffers()]
+    draws = random.state()
+    found, handles = [], []
+    for name, module in model.named_modules():
+
+        def note(module, inputs, output, name=name):
+            if not found and not _finite(output):
+                found.append((name, module))
+
+        handles.append(module.register_forward_hook(note))
+    try:
+        with no_grad():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for buffer, before in buffers:
+            buffer[...] = before
+        random.set_state(draws)
+    if not found:
+        return "every layer's output is finite, the loss function overflowed"
+    name, module = found[0]
+    text = f"the first layer whose output was not finite is {name or 'the model'} ({type(module).__name__})"
+    broken = [parameter for parameter, value in module.named_parameters() if not _finite(value)]
+    if broken:
+        text += f"; its {', '.join(broken)} was not finite before this step, so that an earlier update overflowed"
+    return text
+
+
+def _finite(value):
+    return bool(np.isfinite(value.data).all())
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, appended and on disk before `write` returns.
+
+    Lines of steps past `step` are dropped on opening: the run goes on from a checkpoint at that step and will write
+    them again. `step=0` starts the file afresh. `lines` holds what stands in the file, as dicts.
+    """
+
+    def __init__(self, path, step=0):
+        self.path = Path(path)
+        self.lines = [line for line in read_metrics(path) if line["step"] <= step] if step else []
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        write_atomic(self.path, text.encode())
+
+    def write(self, **line):
+        self.lines.append(line)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def read_metrics(path):
+    """The lines of a metrics file as a list of dicts; [] if there is none. A torn last line is left out."""
+    if not os.path.exists(path):
+        return []
+    text = Path(path).read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+class Progress:
+    """Where a loop of `total` steps stands: a bar in a terminal, a plain line every few seconds elsewhere.
+
+    The bar is tqdm's; without tqdm there are plain lines in a terminal too. Use as a context manager.
+    """
+
+    def __init__(self, total, step=0, every=5.0, stream=None):
+        self.stream = stream or sys.stdout
+        self.total, self.step, self.every = total, step, every
+        self.first_step, self.began = step, time.perf_counter()
+        self.shown = self.began
+        self.bar = None
+        if self.stream.isatty():
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+            self.bar = tqdm(total=total, initial=step, file=self.stream, dynamic_ncols=True, bar_format=layout)
+
+    def update(self, running):
+        """One step is done; `running` is the epoch's Running."""
+        self.step += 1
+        state = f"loss {running.loss:.3f}  error {running.error:.1f} %  {running.images_per_second:.0f} images/s"
+        if self.bar is not None:
+            self.bar.set_postfix_str(state, refresh=False)
+            self.bar.update()
+            return
+        now = time.perf_counter()
+        if now - self.shown >= self.every:
+            self.shown = now
+            left = (now - self.began) / (self.step - self.first_step) * (self.total - self.step)
+            self.line(f"step {self.step}/{self.total}  {state}  {duration(left)} left")
+
+    def line(self, text):
+        """Print a line, above the bar if there is one."""
+        if self.bar is not None:
+            self.bar.write(text, file=self.stream)
+        else:
+            print(text, file=self.stream, flush=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class Interrupt:
+    """While in force, the first Ctrl-C or SIGTERM sets `.signal`, its number; a second raises KeyboardInterrupt.
+
+        with Interrupt() as interrupt:
+            while step < total and not interrupt.signal:
+                ...
+
+    so that the loop ends between two steps and can write a checkpoint. For the main thread only, as all of Python's
+    signal handling.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self.before = [signal.signal(number, self._handle) for number in self.SIGNALS]
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in zip(self.SIGNALS, self.before, strict=True):
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print() is not safe in a handler
+
+
+def plot_curves(metrics_path, png_path):
+    """Draw error and loss over the steps of a metrics file. Returns None, or one line that says why it did not."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "no curves.png: it needs Matplotlib (pip install matplotlib)"
+    lines = read_metrics(metrics_path)
+    if not lines:
+        return "no curves.png: no epoch is done yet"
+    steps = [line["step"] for line in lines]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    error, loss = figure.subplots(1, 2)
+    error.plot(steps, [line["test_error"] for line in lines], label="test", color="tab:blue", marker=".")
+    error.plot(steps, [line["train_error"] for line in lines], label="training", color="tab:blue", linestyle="--")
+    error.set(xlabel="step", ylabel="error (%)", ylim=(0, None), title=f"test error {lines[-1]['test_error']:.2f} %")
+    error.legend()
+    loss.plot(steps, [line["train_loss"] for line in lines], label="training loss", color="tab:red")
+    loss.set(xlabel="step", ylabel="training loss", ylim=(0, None))
+    rate = loss.twinx()
+    rate.plot(steps, [line["lr"] for line in lines], color="tab:gray", linestyle=":")
+    rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    for axes in (error, loss):
+        axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(png_path)
+    return None
+
+
+def run_summary(config, lines, out):
+    """The end of a run on one screen, as text: `config` and metrics `lines` as written to the folder `out`."""
+    rows = [
+        ("model", f"{config['model']}, {config['parameters']:,} parameters"),
+        ("data", f"{config['dataset']}, {config['train_images']:,} training images"),
+        ("recipe", f"{config['recipe']}, {config['total_steps']:,} steps of {config['batch_size']} images"),
+        ("device", f"{config['device']} ({config['environment']['isa']}), {config['environment']['threads']} threads"),
+    ]
+    if lines:
+        last, best = lines[-1], min(lines, key=lambda line: line["test_error"])
+        rows += [
+            ("done", f"{last['step']:,} steps, {last['epoch']:.1f} epochs, {duration(last['seconds'])}"),
+            ("training", f"loss {last['train_loss']:.4f}, error {last['train_error']:.2f} %"),
+            ("test", f"error {last['test_error']:.2f} % (best {best['test_error']:.2f} % at step {best['step']:,})"),
+            ("speed", f"{last['images_per_second']:,.0f} images/s"),
+        ]
+    rows += [("memory", f"{peak_memory() / 2**20:,.0f} MiB at most"), ("files", f"{out}/")]
+    return "\n".join(f"  {name:<9} {value}" for name, value in rows)
+
+
+def environment():
+    """What a run stood on, as a JSON-able dict: versions, platform, instruction set and threads."""
+    import tinyres
+
+    return {
+        "tinyres": tinyres.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "isa": _cpu.isa(),
+        "threads": _cpu.threads(),
+    }
+
+
+def peak_memory():
+    """The most memory that this process has held resident so far, in bytes."""
+    try:  # Linux lets a child inherit the peak of getrusage from the process that started it, but not this one
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def duration(seconds):
+    """Seconds as h:mm:ss, or m:ss below an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
