@@ -59,7 +59,11 @@ def gradcheck(
     reproduces it. Raises ArgumentError or DtypeError for a wrong call.
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
-    _validate(fn, inputs, eps, atol, rtol, max_full, projections, max_redraws)
+    _validate(
+        fn, inputs,
+        real={"eps": eps, "atol": atol, "rtol": rtol},
+        whole={"seed": seed, "max_full": max_full, "projections": projections, "max_redraws": max_redraws},
+    )  # fmt: skip
     check = _Check(fn, tuple(inputs), eps, atol, rtol, seed, max_full, projections)
     kept = [x.data for x in inputs]
     start = [check.host(x) for x in inputs]
@@ -88,23 +92,24 @@ def gradcheck(
             x.data = data
 
 
-def _validate(fn, inputs, eps, atol, rtol, max_full, projections, max_redraws):
+def _validate(fn, inputs, real, whole):
     op = "gradcheck"
-    expect(callable(fn), op, "fn must be callable", error=DtypeError, fn=type(fn).__name__)
+    expect(callable(fn), op, "fn must be callable", DtypeError, fn=type(fn).__name__)
     expect(isinstance(inputs, (list, tuple)), op, "inputs must be Tensors", DtypeError, inputs=type(inputs).__name__)
-    expect(len(inputs) > 0, op, "there must be at least one input", error=ArgumentError)
+    expect(len(inputs) > 0, op, "there must be at least one input", ArgumentError)
     for i, x in enumerate(inputs):
-        expect(isinstance(x, Tensor), op, "inputs must be Tensors", error=DtypeError, input=i, type=type(x).__name__)
-        expect(x.dtype == np.float64, op, "inputs must be float64", error=DtypeError, input=i, dtype=x.dtype)
+        expect(isinstance(x, Tensor), op, "inputs must be Tensors", DtypeError, input=i, type=type(x).__name__)
+        expect(x.dtype == np.float64, op, "inputs must be float64", DtypeError, input=i, dtype=x.dtype)
         leaf = x.requires_grad and x._node is None
-        expect(leaf, op, "inputs must be leaves that require gradients", error=ArgumentError, input=i)
-    expect(len({id(x) for x in inputs}) == len(inputs), op, "inputs must be different Tensors", error=ArgumentError)
-    for name, value in {"eps": eps, "atol": atol, "rtol": rtol}.items():
-        number = isinstance(value, (int, float)) and math.isfinite(value) and (value > 0 or name != "eps" and value == 0)
-        expect(number, op, f"{name} must be a positive number", error=ArgumentError, **{name: value})
-    for name, value, least in (("max_full", max_full, 0), ("projections", projections, 1), ("max_redraws", max_redraws, 0)):
-        integer = isinstance(value, int) and value >= least
-        expect(integer, op, f"{name} must be an integer of at least {least}", error=ArgumentError, **{name: value})
+        expect(leaf, op, "inputs must be leaves that require gradients", ArgumentError, input=i)
+    expect(len({id(x) for x in inputs}) == len(inputs), op, "inputs must be different Tensors", ArgumentError)
+    for name, value in real.items():
+        valid = isinstance(value, (int, float)) and 0 <= value < math.inf and (value > 0 or name != "eps")
+        expect(valid, op, f"{name} must be a positive number", ArgumentError, **{name: repr(value)})
+    for name, value in whole.items():
+        least = 1 if name == "projections" else 0
+        valid = isinstance(value, (int, np.integer)) and value >= least
+        expect(valid, op, f"{name} must be an integer of at least {least}", ArgumentError, **{name: repr(value)})
 
 
 class _Check:
@@ -131,12 +136,12 @@ class _Check:
                 direction = np.zeros(x.size) if full else self.random(x.size)
                 if full:
                     direction[j] = 1.0
-                a, n = analytic[i] @ direction, weights @ self.slope(i, direction, y)
+                a, n = _along(analytic[i], direction), weights @ self.slope(i, direction, y)
                 error = np.abs(a - n)
                 wrong = ~(error <= self.atol + self.rtol * np.abs(n))  # a NaN is wrong
                 if wrong.any():
-                    row = int(np.argmax(np.where(wrong, np.nan_to_num(error, nan=np.inf), -1.0)))
-                    self.fail(i, self.narrow(i, direction, weights[row], analytic[i][row]), weights[row], analytic[i][row])
+                    row = int(np.argmax(wrong))  # the first: one of the Jacobian's, if there are any
+                    self.fail(i, direction, weights[row], analytic[i][row])
                 self.checked += error.size
                 self.largest_error = max(self.largest_error, float(error.max(initial=0.0)))
 
@@ -222,30 +227,25 @@ class _Check:
             x.data = data
         return (left + right) / 2
 
-    def narrow(self, i, direction, weights, analytic):
-        """The direction's element whose derivative is wrong, found by halving where the error is larger."""
+    def fail(self, i, direction, weights, analytic):
+        """Raise for the element of the direction whose derivative is wrong, found by halving where the error is larger."""
         y = self.values()
-        support = np.flatnonzero(direction)
-        while support.size > 1:
-            errors = []
-            for half in np.array_split(support, 2):
+        while np.count_nonzero(direction) > 1:
+            halves = []
+            for half in np.array_split(np.flatnonzero(direction), 2):
                 part = np.zeros_like(direction)
                 part[half] = direction[half]
-                errors.append((abs(analytic @ part - weights @ self.slope(i, part, y)), half))
-            support = max(errors, key=lambda e: (math.isnan(e[0]), e[0]))[1]
-        return int(support[0])
-
-    def fail(self, i, element, weights, analytic):
-        direction = np.zeros(analytic.size)
-        direction[element] = 1.0
-        numeric = weights @ self.slope(i, direction, self.values())
-        picked = np.flatnonzero(weights)
-        shapes = ", ".join(str(x.shape) for x in self.inputs)
+                error = abs(_along(analytic, part) - weights @ self.slope(i, part, y))
+                halves.append((math.isnan(error), error, part))
+            direction = max(halves, key=lambda half: half[:2])[2]
+        direction = np.sign(direction) ** 2
+        outputs = np.flatnonzero(weights)
         raise GradcheckError(
-            f"[gradcheck] analytic and numeric gradient must agree; got input {i}, element "
-            f"{self.name(i, direction)}, analytic {analytic[element]:.9g}, numeric {numeric:.9g}, "
-            f"of output {f'element {picked[0]} (flat)' if picked.size == 1 else 'times a random upstream gradient'}, "
-            f"seed {self.seed}; reproduce with tinyres.gradcheck(fn, inputs, seed={self.seed}), inputs of shapes {shapes}"
+            f"[gradcheck] analytic and numeric gradient must agree; got input {i}, element {self.name(i, direction)}, "
+            f"analytic {_along(analytic, direction):.9g}, numeric {weights @ self.slope(i, direction, y):.9g}, of "
+            f"{f'output element {outputs[0]} (flat)' if outputs.size == 1 else 'the outputs times random numbers'}, "
+            f"seed {self.seed}; reproduce with tinyres.gradcheck(fn, inputs, seed={self.seed}), inputs of shapes "
+            + ", ".join(str(x.shape) for x in self.inputs)
         )
 
     def name(self, i, direction):
@@ -254,3 +254,9 @@ class _Check:
         if support.size > 1:
             return f"{support.size} at once"
         return tuple(int(k) for k in np.unravel_index(support[0], self.inputs[i].shape))
+
+
+def _along(gradient, direction):
+    """gradient @ direction, where a NaN counts only if the direction goes there."""
+    support = np.flatnonzero(direction)
+    return gradient[..., support] @ direction[support]

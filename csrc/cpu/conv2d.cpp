@@ -22,10 +22,11 @@ constexpr int BLOCK = 16;
 // The two FMA ports need 8 to 10 sums in flight. 16 (24 in the weight gradient) leave room in 32 registers for the
 // weights that several pixels share; machines with 16 registers get half.
 #if TINYRES_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int TILE = 16, FILTER_VECTORS = 2, OUTER_CHANNELS = 8;
+constexpr int TILE = 16, OUTER_CHANNELS = 8;
 #else
-constexpr int TILE = 8, FILTER_VECTORS = 1, OUTER_CHANNELS = 4;
+constexpr int TILE = 8, OUTER_CHANNELS = 4;
 #endif
+constexpr int FILTER_VECTORS = 2;
 
 // Work is cut so that no machine of usual size idles at batch 1 and a scratch image stays in the L2 cache.
 constexpr i64 TASKS = 16, SCRATCH_BYTES = 512 << 10, PARTIAL_BYTES = 32 << 20;
@@ -124,24 +125,28 @@ struct Blocks {
 };
 
 // Fills blocks with the rows from row0 and the columns from column0 of an image (H, W, pixel), of each pixel the first
-// b.C elements. Outside of the image, and in the rest of the last block, stand zeros.
+// b.C elements, and with zeros outside of the image. The rest of the last channel block is left as it is.
 template <class T>
 void fill_blocks(T* blocks, const Blocks& b, const T* image, i64 H, i64 W, i64 pixel, i64 row0, i64 column0) {
+  const Vec<T> zero{};
   for (i64 row = 0; row < b.rows; row++) {
     const bool row_inside = row0 + row >= 0 && row0 + row < H;
     for (i64 c = 0; c < b.C; c += BLOCK) {
       const i64 channels = least(BLOCK, b.C - c);
-      T* to = blocks + c / BLOCK * b.block() + row * b.row();
       for (i64 phase = 0; phase < b.stride; phase++) {
-        for (i64 i = 0; i < b.phase(); i += BLOCK, to += BLOCK) {
-          const i64 column = column0 + i / BLOCK * b.stride + phase;
-          const T* from = image + ((row0 + row) * W + column) * pixel + c;
-          if (!row_inside || column < 0 || column >= W) {
-            std::memset(to, 0, BLOCK * sizeof(T));
+        T* to = blocks + c / BLOCK * b.block() + row * b.row() + phase * b.phase();
+        const i64 count = b.phase() / BLOCK, first = column0 + phase;  // columns first, first + stride, ...
+        const Range valid = row_inside ? inside(count, first, b.stride, 0, W) : Range{count, count};
+        const T* from = image + ((row0 + row) * W + first) * pixel + c;
+        for (i64 i = 0; i < count; i++) {
+          T* at = to + i * BLOCK;
+          const T* pixel_at = from + i * b.stride * pixel;
+          if (i < valid.begin || i >= valid.end) {
+            for (int k = 0; k < BLOCK; k += LANES<T>) store(at + k, zero);
           } else if (channels == BLOCK) {
-            std::memcpy(to, from, BLOCK * sizeof(T));
+            for (int k = 0; k < BLOCK; k += LANES<T>) store(at + k, load(pixel_at + k));
           } else {
-            for (i64 k = 0; k < BLOCK; k++) to[k] = k < channels ? from[k] : T(0);
+            for (i64 k = 0; k < channels; k++) at[k] = pixel_at[k];
           }
         }
       }
@@ -161,13 +166,15 @@ struct Correlation {
   i64 w_r, w_s, w_c, w_k;
   T* packed;
 
-  // Taps of a row that the kernel takes at once (3 where it can, see correlate_tile).
-  int taps() const { return x.stride == 1 && S % 3 == 0 ? 3 : 1; }
+  i64 taps(i64 phase) const { return ceil_div(S - phase, x.stride); }  // of a row, in one phase
   static i64 packed_size(i64 taps, i64 C, i64 K) { return taps * C * ceil_div(K, LANES<T>) * LANES<T>; }
   i64 filter_groups() const { return ceil_div(K, FILTER_VECTORS * LANES<T>); }
 };
 
-// The packed order: filter group, channel block, row of taps, group of taps, channel, tap, filter of the group.
+// Taps that neighbour each other in the blocks, S of them or those of one phase, are summed in groups of up to 3.
+inline i64 next_taps(i64 left) { return left == 4 ? 2 : least(left, 3); }
+
+// The packed order: filter group, channel block, row of taps, phase, group of taps, channel, tap, filter of the group.
 template <class T>
 void pack(const Correlation<T>& o, i64 group) {
   constexpr i64 WIDTH = FILTER_VECTORS * LANES<T>;
@@ -176,45 +183,63 @@ void pack(const Correlation<T>& o, i64 group) {
   T* to = o.packed + k0 * o.R * o.S * o.C;
   for (i64 c0 = 0; c0 < o.C; c0 += BLOCK) {
     for (i64 r = 0; r < o.R; r++) {
-      for (i64 s0 = 0; s0 < o.S; s0 += o.taps()) {
-        for (i64 c = c0; c < least(c0 + BLOCK, o.C); c++) {
-          for (i64 s = s0; s < s0 + o.taps(); s++, to += width) {
-            const T* from = o.weights + r * o.w_r + s * o.w_s + c * o.w_c + k0 * o.w_k;
-            for (i64 k = 0; k < filters; k++) to[k] = from[k * o.w_k];
-            for (i64 k = filters; k < width; k++) to[k] = 0;
+      for (i64 phase = 0; phase < least(o.S, o.x.stride); phase++) {
+        for (i64 left = o.taps(phase), s0 = phase; left > 0;) {
+          const i64 taps = next_taps(left);
+          for (i64 c = c0; c < least(c0 + BLOCK, o.C); c++) {
+            for (i64 t = 0; t < taps; t++, to += width) {
+              const T* from = o.weights + r * o.w_r + (s0 + t * o.x.stride) * o.w_s + c * o.w_c + k0 * o.w_k;
+              for (i64 k = 0; k < filters; k++) to[k] = from[k * o.w_k];
+              for (i64 k = filters; k < width; k++) to[k] = 0;
+            }
           }
+          left -= taps, s0 += taps * o.x.stride;
         }
       }
     }
   }
 }
 
-// PIXELS neighbours of a row times VECTORS vectors of filters. Per channel the weights of TAPS neighbouring taps are
-// loaded once, and each pixel is broadcast once for all the outputs that it meets: with 3 taps 18 broadcasts and 3
-// loads serve 48 multiply-adds, where one tap at a time needs 16 and 1 for 16 and waits for the load ports.
+// Adds TAPS neighbouring taps of a channel block to the sums of PIXELS neighbouring outputs times VECTORS vectors of
+// filters; returns the weights that follow. The weights of a channel are loaded once, and each pixel is broadcast once
+// for all the outputs that it meets: with 3 taps 18 broadcasts and 3 loads serve 48 multiply-adds, where one tap at
+// a time needs 17 loads for 16 and waits for the load ports.
 template <class T, int TAPS, int PIXELS, int VECTORS>
+inline const T* add_taps(Vec<T> (&sum)[PIXELS][VECTORS], const T* pixel, const T* w, i64 channels) {
+  for (i64 c = 0; c < channels; c++, pixel++, w += TAPS * VECTORS * LANES<T>) {
+    Vec<T> weights[TAPS][VECTORS];
+#pragma GCC unroll 3
+    for (int t = 0; t < TAPS; t++)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v++) weights[t][v] = load(w + (t * VECTORS + v) * LANES<T>);
+#pragma GCC unroll 32
+    for (int i = 0; i < PIXELS + TAPS - 1; i++) {
+      const T value = pixel[i * BLOCK];
+#pragma GCC unroll 3
+      for (int t = 0; t < TAPS; t++)
+        if (i - t >= 0 && i - t < PIXELS)
+#pragma GCC unroll 2
+          for (int v = 0; v < VECTORS; v++) sum[i - t][v] += value * weights[t][v];
+    }
+  }
+  return w;
+}
+
+// One tile of outputs: all taps and channels, the sums in registers.
+template <class T, int PIXELS, int VECTORS>
 void correlate_tile(T* y, i64 y_column, i64 filters, const T* x, const T* w, const Correlation<T>& o) {
   Vec<T> sum[PIXELS][VECTORS] = {};
+  const i64 phases = least(o.S, o.x.stride), taps = o.S / o.x.stride, longer = o.S % o.x.stride;
   for (i64 c0 = 0; c0 < o.C; c0 += BLOCK, x += o.x.block()) {
     const i64 channels = least(BLOCK, o.C - c0);
     for (i64 r = 0; r < o.R; r++) {
-      for (i64 s = 0; s < o.S; s += TAPS) {
-        const T* pixel = x + o.x.offset(r, s);
-        for (i64 c = 0; c < channels; c++, pixel++, w += TAPS * VECTORS * LANES<T>) {
-          Vec<T> weights[TAPS][VECTORS];
-#pragma GCC unroll 3
-          for (int t = 0; t < TAPS; t++)
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; v++) weights[t][v] = load(w + (t * VECTORS + v) * LANES<T>);
-#pragma GCC unroll 32
-          for (int i = 0; i < PIXELS + TAPS - 1; i++) {
-            const T value = pixel[i * BLOCK];
-#pragma GCC unroll 3
-            for (int t = 0; t < TAPS; t++)
-              if (i - t >= 0 && i - t < PIXELS)
-#pragma GCC unroll 2
-                for (int v = 0; v < VECTORS; v++) sum[i - t][v] += value * weights[t][v];
-          }
+      for (i64 phase = 0; phase < phases; phase++) {
+        const T* pixel = x + r * o.x.row() + phase * o.x.phase();
+        for (i64 left = taps + (phase < longer), group; left > 0; left -= group, pixel += group * BLOCK) {
+          group = next_taps(left);
+          if (group == 3) w = add_taps<T, 3>(sum, pixel, w, channels);
+          else if (group == 2) w = add_taps<T, 2>(sum, pixel, w, channels);
+          else w = add_taps<T, 1>(sum, pixel, w, channels);
         }
       }
     }
@@ -237,7 +262,7 @@ struct Outputs {
 
 // All outputs of one group of filters. The end of a row takes the smallest tile that covers it, moved back over
 // outputs already written where it would stand out: computing them twice is cheaper than several small tiles.
-template <class T, int TAPS, int VECTORS>
+template <class T, int VECTORS>
 void correlate_group(const Outputs<T>& out, i64 k0, const T* x, const Correlation<T>& o) {
   const T* w = o.packed + k0 * o.R * o.S * o.C;
   const i64 filters = least(VECTORS * LANES<T>, o.K - k0);
@@ -249,11 +274,11 @@ void correlate_group(const Outputs<T>& out, i64 k0, const T* x, const Correlatio
       T* y = out.y + p * out.row + q * out.column + k0;
       const T* in = x + q * BLOCK;
       switch (pixels) {
-        case 16: if constexpr (TILE / VECTORS >= 16) correlate_tile<T, TAPS, 16, VECTORS>(y, out.column, filters, in, w, o); break;
-        case 8: correlate_tile<T, TAPS, 8, VECTORS>(y, out.column, filters, in, w, o); break;
-        case 4: correlate_tile<T, TAPS, 4, VECTORS>(y, out.column, filters, in, w, o); break;
-        case 2: correlate_tile<T, TAPS, 2, VECTORS>(y, out.column, filters, in, w, o); break;
-        default: correlate_tile<T, TAPS, 1, VECTORS>(y, out.column, filters, in, w, o);
+        case 16: if constexpr (TILE / VECTORS >= 16) correlate_tile<T, 16, VECTORS>(y, out.column, filters, in, w, o); break;
+        case 8: correlate_tile<T, 8, VECTORS>(y, out.column, filters, in, w, o); break;
+        case 4: correlate_tile<T, 4, VECTORS>(y, out.column, filters, in, w, o); break;
+        case 2: correlate_tile<T, 2, VECTORS>(y, out.column, filters, in, w, o); break;
+        default: correlate_tile<T, 1, VECTORS>(y, out.column, filters, in, w, o);
       }
       q += pixels;
     }
@@ -261,18 +286,12 @@ void correlate_group(const Outputs<T>& out, i64 k0, const T* x, const Correlatio
 }
 
 // Filter groups outermost: the weights of a group stay in the cache while the rows of the image pass.
-template <class T, int TAPS>
-void correlate_taps(const Outputs<T>& out, const T* x, const Correlation<T>& o) {
-  for (i64 k0 = 0; k0 < o.K; k0 += FILTER_VECTORS * LANES<T>) {
-    if (o.K - k0 > LANES<T>) correlate_group<T, TAPS, FILTER_VECTORS>(out, k0, x, o);
-    else correlate_group<T, TAPS, 1>(out, k0, x, o);
-  }
-}
-
 template <class T>
 void correlate(const Outputs<T>& out, const T* x, const Correlation<T>& o) {
-  if (o.taps() == 3) correlate_taps<T, 3>(out, x, o);
-  else correlate_taps<T, 1>(out, x, o);
+  for (i64 k0 = 0; k0 < o.K; k0 += FILTER_VECTORS * LANES<T>) {
+    if (o.K - k0 > LANES<T>) correlate_group<T, FILTER_VECTORS>(out, k0, x, o);
+    else correlate_group<T, 1>(out, k0, x, o);
+  }
 }
 
 // Rows of an image that make one task.
@@ -438,6 +457,7 @@ void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
     const Blocks image{unit_rows, TAPS == 3 ? s.W + 2 : s.Q, filters, 1};
     const i64 column0 = TAPS == 3 ? s.pad_w - 2 : 0;
     Scratch<T> blocks(unit_images * image.size());
+    if (filters % BLOCK) std::memset(blocks.get(), 0, unit_images * image.size() * sizeof(T));  // sums read whole blocks
     const i64 first = part * units / parts, last = (part + 1) * units / parts;
     for (i64 unit = first; unit < last; unit++) {
       const i64 n0 = unit / bands * unit_images, p0 = unit % bands * unit_rows, p1 = least(s.P, p0 + unit_rows);

@@ -14,9 +14,3 @@ def he_normal(shape, fan_in):
     n = math.prod(shape)
     return (stream.normal(draw, n) * math.sqrt(2 / fan_in)).astype(np.float32).reshape(shape)
 
-
-def uniform(shape, bound):
-    """Uniform in [-bound, bound), float32."""
-    stream, draw = random.next_draw("init")
-    n = math.prod(shape)
-    return ((2 * stream.uniform(draw, n) - 1) * bound).astype(np.float32).reshape(shape)

@@ -8,6 +8,8 @@ import numpy as np
 from tinyres.autograd import FLOATS, Tensor
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, expect
 
+LIMIT = 2**40  # of sizes and strides: beyond any memory, and far from the end of a 64-bit integer
+
 
 def operands(op, **tensors):
     """Each is a float32 or float64 Tensor, and all have one dtype and one device."""
@@ -39,8 +41,8 @@ def integer(op, name, value, minimum):
         whole = operator.index(value)
     except TypeError:
         raise DtypeError(f"[{op}] {name} must be an integer; got {name} {value!r}") from None
-    expect(whole >= minimum and not isinstance(value, bool), op, f"{name} must be at least {minimum}", ArgumentError,
-           **{name: value})  # fmt: skip
+    valid = minimum <= whole < LIMIT and not isinstance(value, bool)
+    expect(valid, op, f"{name} must be at least {minimum} and below 2**40", ArgumentError, **{name: value})
     return whole
 
 

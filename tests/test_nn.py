@@ -1,0 +1,292 @@
+"""Modules, layers, Residual and its shortcuts, fusion, summary."""
+
+import numpy as np
+import pytest
+
+import tinyres
+from op_case import DEVICES
+from tinyres import nn, ops
+from tinyres.errors import ArgumentError, CheckpointError, DtypeError, ShapeError
+
+
+def images(*shape, dtype=np.float32, seed=0):
+    return tinyres.tensor(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+
+
+def unit(channels=4):
+    return nn.Residual(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(),
+                       nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels))  # fmt: skip
+
+
+# Module -------------------------------------------------------------------------------------------------------
+
+
+def test_names_follow_assignment_order():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.second = nn.Linear(3, 2)
+            self.first = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+            self.scale = nn.Parameter(np.ones(1))
+
+    names = [name for name, _ in Net().named_parameters()]
+    assert names == ["scale", "second.weight", "second.bias", "first.0.gamma", "first.0.beta"]
+    assert [name for name, _ in Net().named_buffers()] == ["first.0.running_mean", "first.0.running_var"]
+    assert [name for name, _ in Net().named_modules()] == ["", "second", "first", "first.0", "first.1"]
+
+
+def test_shared_parameters_are_listed_once():
+    layer = nn.Linear(3, 3)
+    assert len(list(nn.Sequential(layer, layer).parameters())) == 2
+
+
+def test_mistakes_with_attributes_are_named():
+    class Early(nn.Module):
+        def __init__(self):
+            self.layer = nn.ReLU()
+
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.ReLU()]
+
+    with pytest.raises(ArgumentError, match="super"):
+        Early()
+    with pytest.raises(ArgumentError, match="Sequential"):
+        Listed()
+    with pytest.raises(AttributeError, match="no attribute 'wieght'"):
+        nn.Linear(1, 1).wieght  # noqa: B018
+    with pytest.raises(DtypeError):
+        nn.Sequential(nn.ReLU(), "relu")
+
+
+def test_attributes_can_change_kind():
+    module = nn.Linear(2, 2)
+    module.bias = None
+    assert [name for name, _ in module.named_parameters()] == ["weight"]
+    module.bias = nn.Parameter(np.ones(2, np.float32))
+    assert [name for name, _ in module.named_parameters()] == ["weight", "bias"]
+
+
+def test_train_and_eval_reach_everything():
+    model = nn.Sequential(unit(), nn.Dropout(0.5))
+    assert all(not m.training for m in model.eval().modules())
+    assert all(m.training for m in model.train().modules())
+
+
+def test_state_dict_round_trip_and_report():
+    a, b = (nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)) for _ in range(2))
+    a(images(2, 5, 5, 2))
+    b.load_state_dict(a.state_dict())
+    for name, array in b.state_dict().items():
+        assert np.array_equal(array, a.state_dict()[name]), name
+    a.state_dict()["0.weight"][...] = 7  # a copy: the model does not change
+    assert not (a[0].weight.numpy() == 7).any()
+
+    state = a.state_dict()
+    state["extra"] = state.pop("0.weight")
+    state["1.gamma"] = np.ones(9)
+    before = b.state_dict()
+    with pytest.raises(CheckpointError) as error:
+        b.load_state_dict(state)
+    for text in ("missing 0.weight", "unexpected extra", "1.gamma has shape (9,)"):
+        assert text in str(error.value)
+    for name, array in b.state_dict().items():
+        assert np.array_equal(array, before[name])
+
+
+def test_to_dtype_and_device():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).to(dtype=np.float64)
+    assert all(p.dtype == np.float64 for p in model.parameters()) and all(b.dtype == np.float64 for b in model.buffers())
+    assert model(images(2, 5, 5, 2, dtype=np.float64)).dtype == np.float64
+    model.to("reference")
+    x = tinyres.tensor(np.ones((2, 5, 5, 2)), device="reference")
+    assert model(x).device.name == "reference"
+    with pytest.raises(DtypeError):
+        model.to(dtype=np.int32)
+    with pytest.raises(DtypeError):
+        model.to(dtype="nonsense")
+
+
+def test_forward_hooks():
+    model, seen = nn.Sequential(nn.ReLU(), nn.Flatten()), []
+    handle = model[0].register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].shape, output.shape)))
+    model(images(2, 3))
+    handle.remove()
+    model(images(2, 3))
+    assert seen == [((2, 3), (2, 3))]
+
+
+def test_sequential_slices_share_modules():
+    model = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.ReLU())
+    assert len(model[1:]) == 2 and model[1:][0] is model[1] and model[-1] is model[2]
+    with pytest.raises(ArgumentError):
+        model[3]
+
+
+def test_parameters_are_copies():
+    array = np.ones(3, np.float32)
+    p = nn.Parameter(array)
+    p.data[0] = 5
+    assert array[0] == 1
+
+
+# layers -------------------------------------------------------------------------------------------------------
+
+
+def test_layers_call_their_ops():
+    x = images(2, 6, 6, 3)
+    conv, linear, norm = nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=True), nn.Linear(3, 2), nn.BatchNorm2d(3)
+    assert np.array_equal(conv(x).numpy(), ops.conv2d(x, conv.weight, conv.bias, 2, 1).numpy())
+    assert np.array_equal(nn.MaxPool2d(3, 2, 1)(x).numpy(), ops.max_pool2d(x, 3, 2, 1).numpy())
+    assert np.array_equal(nn.AvgPool2d(2)(x).numpy(), ops.avg_pool2d(x, 2).numpy())
+    assert nn.Flatten()(x).shape == (2, 108)
+    assert linear(nn.GlobalAvgPool2d()(x)).shape == (2, 2)
+    norm(x)
+    mean = x.numpy().reshape(-1, 3).mean(0)
+    assert np.allclose(norm.running_mean, 0.1 * mean, atol=1e-6)
+    assert norm.eval()(x).shape == x.shape
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.Conv2d(0, 1, 3), lambda: nn.Conv2d(1, 1.5, 3), lambda: nn.Conv2d(1, 1, 0), lambda: nn.Conv2d(1, 1, 3, stride=0),
+    lambda: nn.Conv2d(1, 1, 3, padding=-1), lambda: nn.Conv2d(1, 1, (1, 2, 3)), lambda: nn.Linear(1, 0),
+    lambda: nn.BatchNorm2d(0), lambda: nn.BatchNorm2d(3, momentum=2), lambda: nn.Dropout(1.0), lambda: nn.MaxPool2d("a"),
+])  # fmt: skip
+def test_layers_refuse(make):
+    with pytest.raises((ArgumentError, DtypeError)):
+        make()
+
+
+def test_he_initialisation():
+    w = nn.Conv2d(64, 128, 3).weight.numpy()
+    assert abs(w.std() / np.sqrt(2 / (9 * 64)) - 1) < 0.01 and abs(w.mean()) < 1e-3
+
+
+# Residual -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", "ABC")
+@pytest.mark.parametrize(("channels", "stride"), [((4, 4), 1), ((4, 7), 2)])
+def test_shortcuts(option, channels, stride):
+    x = images(2, 6, 6, channels[0])
+    module = nn.shortcut(option, *channels, stride)
+    projected = option == "C" or (option == "B" and stride == 2)
+    if not projected and stride == 1:
+        assert module is None
+        return
+    y = module(x).numpy()
+    assert y.shape == (2, 6 // stride, 6 // stride, channels[1])
+    if not projected:
+        assert np.array_equal(y[..., 1:5], x.numpy()[:, ::2, ::2]) and not y[..., [0, 5, 6]].any()
+        assert not list(module.parameters())
+
+
+def test_residual_of_2015():
+    block, x = unit(), images(2, 5, 5, 4)
+    want = ops.relu(block.branch(x) + x).numpy()
+    assert np.array_equal(block(x).numpy(), want)
+
+
+def test_pre_activation_unit_of_2016():
+    branch = [nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1)]
+    block, x = nn.Residual(*branch, activation=None), images(2, 5, 5, 4)
+    assert np.array_equal(block(x).numpy(), (block.branch(x) + x).numpy())
+
+    pre = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+    block = nn.Residual(nn.Conv2d(4, 4, 3, padding=1), pre=pre, activation=None)
+    h = pre(x)
+    assert np.array_equal(block(x).numpy(), (block.branch(h) + h).numpy())
+
+
+def test_join_combines_both_paths():
+    class Gate(nn.Module):
+        def forward(self, branch, shortcut):
+            return branch * 0.25 + shortcut * 0.75
+
+    block, x = nn.Residual(nn.Conv2d(4, 4, 1), join=Gate(), activation=None), images(2, 3, 3, 4)
+    want = block.branch(x).numpy() * np.float32(0.25) + x.numpy() * np.float32(0.75)
+    assert np.allclose(block(x).numpy(), want, atol=1e-6)
+
+
+def test_residual_refuses():
+    with pytest.raises(DtypeError):
+        nn.Residual(nn.ReLU(), shortcut="A")
+    with pytest.raises(ArgumentError):
+        nn.Residual()
+    with pytest.raises(ArgumentError):
+        nn.shortcut("D", 4, 8, 2)
+    with pytest.raises(ShapeError):
+        nn.Residual(nn.Conv2d(4, 8, 1))(images(1, 3, 3, 4))
+
+
+# fusion -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("arguments", [{}, {"shortcut": "B"}, {"plain": True}], ids=str)
+def test_fused_equals_plain(arguments, training, device):
+    tinyres.backend.use(device)
+    model = tinyres.models.cifar_resnet(8, **arguments).to(dtype=np.float64).train(training)
+    fused = tinyres.fuse(model)
+    x, results = images(3, 8, 8, 3, dtype=np.float64), []
+    state = model.state_dict()
+    for net in (model, fused):
+        model.load_state_dict(state)
+        net.zero_grad()
+        y = net(x)
+        y.backward(np.random.default_rng(1).standard_normal(y.shape))
+        results.append([y.numpy(), *(p.grad for p in net.parameters()), *(b.copy() for b in net.buffers())])
+    for plain, other in zip(*results, strict=True):
+        assert np.allclose(plain, other, rtol=1e-9, atol=1e-9)
+
+
+def test_fusion_is_visible_and_keeps_names():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), unit(), nn.Residual(nn.ReLU()))
+    fused = tinyres.fuse(model)
+    text = repr(fused)
+    assert "BatchNormReLU2d" in text and "BatchNormAddReLU2d" in text and text.count("FusedResidual") == 2
+    assert "Fused" not in repr(model) and "BatchNormReLU2d" not in repr(model)
+    assert list(fused.state_dict()) == list(model.state_dict())
+    assert [id(p) for p in fused.parameters()] == [id(p) for p in model.parameters()]
+    fused.to(dtype=np.float64)
+    assert all(b.dtype == np.float64 for b in model.buffers())
+
+
+def test_fusion_declines_where_a_hook_sits():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), unit(), unit())
+    seen = []
+    for module in (model[0], model[2].branch[4], model[3].activation):
+        module.register_forward_hook(lambda module, inputs, output: seen.append(type(module).__name__))
+    fused = tinyres.fuse(model)
+    assert type(fused[0]) is nn.BatchNorm2d and type(fused[2].branch[4]) is nn.BatchNorm2d
+    assert type(fused[3]) is nn.Residual
+    fused(images(2, 4, 4, 4))
+    assert seen == ["BatchNorm2d", "BatchNorm2d", "ReLU"]
+
+
+def test_fuse_leaves_joins_and_other_activations():
+    block = nn.Residual(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), activation=None)
+    assert type(tinyres.fuse(block)) is nn.Residual
+    with pytest.raises(DtypeError):
+        tinyres.fuse("model")
+
+
+# summary ------------------------------------------------------------------------------------------------------
+
+
+def test_summary(capsys):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=True), nn.BatchNorm2d(4), nn.GlobalAvgPool2d(), nn.Linear(4, 2))
+    before = model.state_dict()
+    result = tinyres.summary(model, (2, 8, 8, 3))
+    assert result.parameters == 3 * 3 * 3 * 4 + 4 + 8 + 10
+    assert result.multiply_adds == 2 * (16 * 4 * 27 + 8)
+    printed = capsys.readouterr().out
+    assert "Conv2d" in printed and f"{result.multiply_adds:,}" in printed
+    assert all(m.training for m in model.modules()) and not any(m._forward_hooks for m in model.modules())
+    for name, array in model.state_dict().items():
+        assert np.array_equal(array, before[name])
+    for bad in ("32", (1, 2.5), (0, 32, 32, 3)):
+        with pytest.raises((ArgumentError, DtypeError)):
+            tinyres.summary(model, bad)
