@@ -19,14 +19,13 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-# PyTorch's best on a CPU with glibc: blocks of up to 32 MiB (the largest threshold that glibc takes) stay in the
-# heap instead of being mapped and faulted in anew for every tensor, and threads stay on their cores.
-TORCH_ENVIRONMENT = {
+# PyTorch's best on a CPU: threads stay on their cores, and (glibc) blocks of up to 32 MiB, the largest threshold that
+# glibc takes, stay in the heap instead of being mapped and faulted in anew for every tensor.
+THREADS_BOUND = {"OMP_PROC_BIND": "true", "OMP_PLACES": "threads"}
+BLOCKS_KEPT = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_TOP_PAD_": str(64 << 20),
-    "OMP_PROC_BIND": "true",
-    "OMP_PLACES": "threads",
 }
 
 
@@ -274,12 +273,12 @@ class Child:
 
 
 def torch_environment(isa=None):
-    """TORCH_ENVIRONMENT, and PyTorch and oneDNN held to the same instruction set if one is asked for."""
+    """THREADS_BOUND and BLOCKS_KEPT, and PyTorch and oneDNN held to the same instruction set if one is asked for."""
     held = {
         "baseline": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
         "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
     }
-    return {**TORCH_ENVIRONMENT, **held.get(isa, {})}
+    return {**THREADS_BOUND, **BLOCKS_KEPT, **held.get(isa, {})}
 
 
 # results ------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
     python benchmarks/train_run.py --data-dir DIR --seeds 0 1 --json FILE
 
 Runs examples/cifar_resnet.py and peers/torch_cifar.py (channels_last, eager), same recipe, data, batch size and
-threads, one after the other for every seed. Peak memory is what the system says of each finished process.
+threads, one after the other for every seed. Peak memory is what the system says of each finished process; PyTorch
+keeps the C allocator's defaults here, because the settings that speed it up cost memory.
 """
 
 import argparse
@@ -26,7 +27,8 @@ PROGRAMS = {
 def run(program, arguments, out):
     """Run one program to its end; its last metrics, wall seconds and peak memory."""
     began = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, program), *map(str, arguments), "--out", out])
+    command = [sys.executable, *map(str, program), *map(str, arguments), "--out", out]
+    process = subprocess.Popen(command, env={**os.environ, **harness.THREADS_BOUND})
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -142,7 +142,8 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     settings = {
         "model": model_name, "dataset": dataset.name, "train_images": len(dataset.train_images),
-        "recipe": recipe_name, **recipe, "lr": lr, "batch_size": args.batch_size, "augment": not args.no_augment,
+        "recipe": recipe_name, "lr": lr, "momentum": recipe["momentum"], "nesterov": recipe["nesterov"],
+        "weight_decay": recipe["weight_decay"], "batch_size": args.batch_size, "augment": not args.no_augment,
         "seed": args.seed, "schedule_steps": total if recipe_name == "quick" else None,
     }  # fmt: skip
     config = {
@@ -151,6 +152,7 @@ def main():
         "options": tinyres.options.current(), "environment": environment(),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
     }  # fmt: skip
+    kernels = {"device": device, "isa": config["environment"]["isa"], "conv": config["options"]["conv"]}
 
     # Go on from the checkpoint, or start afresh
     checkpoint = out / "checkpoint.safetensors"
@@ -159,7 +161,7 @@ def main():
     if args.resume and checkpoint.exists():
         saved = tinyres.load(checkpoint)
         for name, value in settings.items():
-            before = saved["settings"].get(name)
+            before = saved.get("settings", {}).get(name)
             rule = f"{name} must be that of the run in {out}"
             expect(before == value, "resume", rule, CheckpointError, checkpoint=before, now=value)
         model.load_state_dict(saved["model"])
@@ -169,6 +171,8 @@ def main():
         step, seconds = saved["step"], saved["seconds"]
         warm_up, recent_error = saved["warm_up"], saved["recent_error"]
         print(f"resuming at step {step}")
+        if saved["kernels"] != kernels:
+            print(f"other kernels than before ({saved['kernels']}): the last bits of the sums will differ")
     else:
         checkpoint.unlink(missing_ok=True)  # of another run: must not outlive that run's metrics
     metrics = MetricsLog(out / "metrics.jsonl", step)
@@ -176,8 +180,8 @@ def main():
 
     def save_checkpoint():
         tinyres.save(
-            checkpoint, settings=settings, step=step, seconds=seconds, model=model, optimizer=optimizer,
-            running=running, random=random.state(), warm_up=warm_up, recent_error=recent_error,
+            checkpoint, settings=settings, kernels=kernels, step=step, seconds=seconds, model=model,
+            optimizer=optimizer, running=running, random=random.state(), warm_up=warm_up, recent_error=recent_error,
         )  # fmt: skip
 
     print(f"{model_name}, {config['parameters']:,} parameters; {recipe_name}, {total:,} steps on {device}; {out}/")
@@ -212,8 +216,8 @@ def main():
                     images_per_second=round(running.images_per_second, 1), seconds=round(seconds, 2),
                 )  # fmt: skip
                 progress.line(
-                    f"epoch {step / steps_per_epoch:.4g}: training loss {running.loss:.4f}, error {running.error:.2f} %; "
-                    f"test error {test_error:.2f} %; {running.images_per_second:.0f} images/s"
+                    f"epoch {step / steps_per_epoch:.4g}: train loss {running.loss:.4f}, error {running.error:.2f} %, "
+                    f"test error {test_error:.2f} %, {running.images_per_second:.0f} images/s"
                 )
                 if step % steps_per_epoch == 0:
                     running.reset()

@@ -42,7 +42,7 @@ if HAVE_TORCH:
     @pytest.fixture(autouse=True)
     def few_threads():
         before = torch.get_num_threads()
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)  # its OpenMP threads wait for each other where a core is busy, up to tenfold
         with tinyres.options(threads=2):
             yield
         torch.set_num_threads(before)

@@ -56,11 +56,11 @@ def tiny(tmp_path_factory):
 def run(tiny):
     """Run the example in a process of its own and return what it printed."""
     package = Path(tinyres.__file__).parents[1]
-    env = {**os.environ, "PYTHONPATH": str(package), "TINYRES_DATA": str(tiny)}
 
     def run(out, *arguments, stop_at=-1, status=0):
         command = [sys.executable, "-c", DRIVER, str(stop_at), str(EXAMPLE), "--out", str(out), "--device", "cpu"]
         command += ["--depth", "8", "--batch-size", "16", *arguments]
+        env = {**os.environ, "PYTHONPATH": str(package), "TINYRES_DATA": str(tiny)}
         done = subprocess.run(command, cwd=out.parent, env=env, check=False, capture_output=True, text=True, timeout=60)
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -128,6 +128,12 @@ def test_stopped_and_resumed_equals_never_stopped(run, whole, tmp_path):
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
+def test_resume_says_when_the_kernels_are_others(run, tmp_path, monkeypatch):
+    run(tmp_path / "run", "--iterations", "1")
+    monkeypatch.setenv("TINYRES_CPU_ISA", "baseline")
+    assert "other kernels than before" in run(tmp_path / "run", "--iterations", "1", "--resume")
+
+
 def test_resume_refuses_another_run(run, whole):
     printed = run(whole[0], "--iterations", "7", "--resume", "--lr", "0.2", status=1)
     assert "[resume] lr must be that of the run in" in printed and "checkpoint 0.4, now 0.2" in printed
@@ -144,6 +150,11 @@ def test_afresh_replaces_the_old_run(run, whole, tmp_path):
 def test_paper_recipe(run, tmp_path):
     run(tmp_path / "run", "--recipe", "paper", "--epochs", "1", "--iterations", "9", "--no-augment", "--plain")
     assert [(line["step"], line["lr"]) for line in metrics(tmp_path / "run")] == [(3, 0.1)]
+
+
+def test_deep_nets_warm_up(run, tmp_path):
+    run(tmp_path / "run", "--recipe", "paper", "--depth", "110", "--batch-size", "2", "--iterations", "1")
+    assert [line["lr"] for line in metrics(tmp_path / "run")] == [0.01]
 
 
 def test_a_diverging_run_names_step_and_layer(run, tmp_path):

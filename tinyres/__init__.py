@@ -16,10 +16,9 @@ from tinyres.gradcheck import gradcheck
 from tinyres.nn.fuse import fuse
 from tinyres.options import options
 from tinyres.summary import summary
-
-__version__ = "0.1.0"
+from tinyres.version import __version__
 
 __all__ = [
     "Function", "Tensor", "backend", "fuse", "grad", "gradcheck", "load", "manual_seed", "models", "nn", "no_grad",
-    "ops", "optim", "options", "save", "summary", "tensor",
+    "ops", "optim", "options", "save", "summary", "tensor", "__version__",
 ]  # fmt: skip

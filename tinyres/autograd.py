@@ -8,6 +8,7 @@ Arithmetic on Tensors is bound in ops/__init__.py; this file knows no op.
 import functools
 import heapq
 import itertools
+from collections.abc import Iterable
 from contextvars import ContextVar
 
 import numpy as np
@@ -162,6 +163,8 @@ def tensor(array, requires_grad=False, dtype=None, device=None):
     """
     op = "tensor"
     device = backend.get(device)
+    expect(isinstance(requires_grad, (bool, np.bool_)), op, "requires_grad must be True or False", DtypeError,
+           requires_grad=type(requires_grad).__name__)  # fmt: skip
     if isinstance(array, Tensor):
         array = array.data
     try:
@@ -264,10 +267,14 @@ def grad(ys, xs, gradients=None, retain_graph=False):
     gradients  an upstream gradient for each of `ys`; None means 1 for scalars
     Raises GraphError if an x does not lead to any y, and what `Tensor.backward` raises.
     """
+    for t in (ys, xs):
+        expect(isinstance(t, (Tensor, Iterable)), "grad", "ys and xs must be Tensors", DtypeError, got=type(t).__name__)
     ys, xs = ([t] if isinstance(t, Tensor) else list(t) for t in (ys, xs))
     for t in (*ys, *xs):
         expect(isinstance(t, Tensor), "grad", "ys and xs must be Tensors", DtypeError, got=type(t).__name__)
-    gradients = [None] * len(ys) if gradients is None else list(gradients)
+    gradients = [None] * len(ys) if gradients is None else gradients
+    expect(isinstance(gradients, (list, tuple)), "grad", "gradients must be a list", DtypeError,
+           gradients=type(gradients).__name__)  # fmt: skip
     expect(len(gradients) == len(ys), "grad", "gradients must be one for each of ys", gradients=len(gradients),
            ys=len(ys))  # fmt: skip
     wanted = {(id(x._node or x), x._slot): None for x in xs}
@@ -286,6 +293,8 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
 
     wanted  None to add to every leaf's `grad`; else a dict by (id of node or leaf, slot) that receives gradients
     """
+    expect(isinstance(retain_graph, bool), op, "retain_graph must be True or False", DtypeError,
+           retain_graph=type(retain_graph).__name__)  # fmt: skip
     arrived = {}  # (node or leaf) -> slot -> (gradient so far, whether the array is ours to add to)
     heap = []
     for y, gradient in zip(ys, gradients, strict=True):
@@ -318,7 +327,10 @@ def _seed_gradient(op, y, gradient):
     if gradient is None:
         expect(y.size == 1, op, "a gradient must be given for a tensor of more than one element", tensor=y.shape)
         gradient = 1.0
-    gradient = y.device.asarray(gradient.data if isinstance(gradient, Tensor) else gradient)
+    try:
+        gradient = y.device.asarray(gradient.data if isinstance(gradient, Tensor) else gradient)
+    except ValueError as error:
+        raise ShapeError(f"[{op}] the gradient must be an array ({error})") from None
     expect(gradient.dtype.kind in "fiu", op, "the gradient must be real numbers", DtypeError, gradient=gradient.dtype)
     expect(gradient.shape in (y.shape, ()), op, "the gradient must have the tensor's shape", gradient=gradient.shape,
            tensor=y.shape)  # fmt: skip

@@ -1,7 +1,10 @@
 """Stochastic gradient descent, and schedules of its rate."""
 
 import math
+from collections.abc import Iterable
 from types import SimpleNamespace
+
+import numpy as np
 
 from tinyres.autograd import Tensor
 from tinyres.errors import ArgumentError, CheckpointError, DtypeError, expect
@@ -22,9 +25,10 @@ class SGD:
     def __init__(self, params, lr, momentum=0, weight_decay=0, nesterov=False):
         self.lr = _at_least_zero("lr", lr)
         self.momentum = checks.fraction("SGD", "momentum", momentum)
-        self.weight_decay, self.nesterov = _at_least_zero("weight_decay", weight_decay), bool(nesterov)
+        self.weight_decay, self.nesterov = _at_least_zero("weight_decay", weight_decay), checks.flag("SGD", "nesterov", nesterov)
         expect(not nesterov or self.momentum > 0, "SGD", "nesterov needs momentum", ArgumentError, momentum=momentum)
-        expect(not isinstance(params, (Tensor, str)), "SGD", "params must be an iterable of Parameters", DtypeError,
+        iterable = isinstance(params, Iterable) and not isinstance(params, (Tensor, np.ndarray, str))
+        expect(iterable, "SGD", "params must be an iterable of Parameters", DtypeError,
                params=type(params).__name__)  # fmt: skip
         self.params, self._decays = [], []
         for group in params:

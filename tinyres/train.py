@@ -16,6 +16,7 @@ from tinyres.autograd import Tensor, no_grad, tensor
 from tinyres.backend import random
 from tinyres.checkpoint import write_atomic
 from tinyres.errors import NonFiniteError
+from tinyres.version import __version__
 
 
 class Running:
@@ -279,7 +280,7 @@ def run_summary(config, lines, out):
             ("done", f"{last['step']:,} steps, {last['epoch']:.1f} epochs, {duration(last['seconds'])}"),
             ("training", f"loss {last['train_loss']:.4f}, error {last['train_error']:.2f} %"),
             ("test", f"error {last['test_error']:.2f} % (best {best['test_error']:.2f} % at step {best['step']:,})"),
-            ("speed", f"{last['images_per_second']:,.0f} images/s"),
+            ("speed", f"{last['images_per_second']:,.0f} images/s in the last epoch"),
         ]
     rows += [("memory", f"{peak_memory() / 2**20:,.0f} MiB at most"), ("files", f"{out}/")]
     return "\n".join(f"  {name:<9} {value}" for name, value in rows)
@@ -287,10 +288,8 @@ def run_summary(config, lines, out):
 
 def environment():
     """What a run stood on, as a JSON-able dict: versions, platform, instruction set and threads."""
-    import tinyres
-
     return {
-        "tinyres": tinyres.__version__,
+        "tinyres": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
         "platform": platform.platform(),

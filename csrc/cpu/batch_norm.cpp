@@ -27,7 +27,8 @@ struct Channels {
   }
 };
 
-// Wide blocks first: a row is then read in long runs.
+// Wide blocks first: a row is then read in long runs. A rest is taken as the last whole vector of the row, and
+// the channels that it shares with the block before are computed again; only a row shorter than a vector is masked.
 template <class T, class F>
 inline void for_channels(i64 C, const F& body) {
   constexpr i64 L = LANES<T>;
@@ -35,7 +36,8 @@ inline void for_channels(i64 C, const F& body) {
   for (; c + 4 * L <= C; c += 4 * L) body(Channels<T, 4, true>{c, 4 * L});
   for (; c + 2 * L <= C; c += 2 * L) body(Channels<T, 2, true>{c, 2 * L});
   for (; c + L <= C; c += L) body(Channels<T, 1, true>{c, L});
-  if (c < C) body(Channels<T, 1, false>{c, C - c});
+  if (c < C && C > L) body(Channels<T, 1, true>{C - L, L});
+  if (C < L) body(Channels<T, 1, false>{0, C});
 }
 
 // ---- passes over the rows -----------------------------------------------------------------------------------------

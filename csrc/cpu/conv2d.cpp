@@ -439,9 +439,9 @@ void outer_products(const WeightSums<T>& to, i64 channels, const Pixels<T>& from
 template <class T, int TAPS>
 void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
   constexpr i64 VECTORS = TAPS == 3 ? 1 : 2;
-  // A unit of work is a band of rows of one image, or several small images: some 256 to 1024 pixels, enough to make
-  // the flush of the sums cheap, few enough for the cache.
-  const i64 unit_images = most(1, 256 / (s.P * s.Q)), unit_rows = most(1, least(s.P, 1024 / s.Q));
+  // A unit of work is a band of rows of one image, or several small images: some 256 pixels: enough to make
+  // the flush of the sums cheap, few enough to stay in the L1 cache while every tap passes over them.
+  const i64 unit_images = most(1, 256 / (s.P * s.Q)), unit_rows = most(1, least(s.P, 256 / s.Q));
   const i64 bands = ceil_div(s.P, unit_rows), units = ceil_div(s.N, unit_images) * bands;
   // A task sums one part of the units for one group of filters. Parts are added up in order at the end.
   const i64 group_filters = VECTORS * BLOCK, groups = ceil_div(s.K, group_filters);

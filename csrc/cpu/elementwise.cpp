@@ -50,18 +50,12 @@ template <class T>
 void unary(Unary op, T* y, const T* x, i64 n) {
   using V = Vec<T>;
   switch (op) {
-    case Unary::neg:
-      return map(y, n, [](V v) { return -v; }, x);
-    case Unary::exp:
-      return map(y, n, [](V v) { return lanewise<T>([](T e) { return exp_of(e); }, v); }, x);
-    case Unary::log:
-      return map(y, n, [](V v) { return lanewise<T>([](T e) { return log_of(e); }, v); }, x);
-    case Unary::sqrt:
-      return map(y, n, [](V v) { return lanewise<T>([](T e) { return sqrt_of(e); }, v); }, x);
-    case Unary::sigmoid:
-      return map(y, n, [](V v) { return lanewise<T>([](T e) { return sigmoid_of(e); }, v); }, x);
-    case Unary::tanh:
-      return map(y, n, [](V v) { return lanewise<T>([](T e) { return tanh_of(e); }, v); }, x);
+    case Unary::neg: return map(y, n, [](V v) { return -v; }, x);
+    case Unary::exp: return map(y, n, [](V v) { return lanewise<T>([](T e) { return exp_of(e); }, v); }, x);
+    case Unary::log: return map(y, n, [](V v) { return lanewise<T>([](T e) { return log_of(e); }, v); }, x);
+    case Unary::sqrt: return map(y, n, [](V v) { return lanewise<T>([](T e) { return sqrt_of(e); }, v); }, x);
+    case Unary::sigmoid: return map(y, n, [](V v) { return lanewise<T>([](T e) { return sigmoid_of(e); }, v); }, x);
+    case Unary::tanh: return map(y, n, [](V v) { return lanewise<T>([](T e) { return tanh_of(e); }, v); }, x);
     case Unary::relu:  // v second: a comparison with NaN is false and keeps it
       return map(y, n, [](V v) { return larger<T>(V{}, v); }, x);
   }
@@ -71,14 +65,10 @@ template <class T>
 void unary_backward(Unary op, T* dx, const T* dy, const T* y, i64 n) {
   using V = Vec<T>;
   switch (op) {
-    case Unary::sqrt:
-      return map(dx, n, [](V g, V v) { return g / (v + v); }, dy, y);
-    case Unary::sigmoid:
-      return map(dx, n, [](V g, V v) { return g * (v * (T(1) - v)); }, dy, y);
-    case Unary::tanh:
-      return map(dx, n, [](V g, V v) { return g * (T(1) - v * v); }, dy, y);
-    case Unary::relu:
-      return map(dx, n, [](V g, V v) { return v > T(0) ? g : V{}; }, dy, y);
+    case Unary::sqrt: return map(dx, n, [](V g, V v) { return g / (v + v); }, dy, y);
+    case Unary::sigmoid: return map(dx, n, [](V g, V v) { return g * (v * (T(1) - v)); }, dy, y);
+    case Unary::tanh: return map(dx, n, [](V g, V v) { return g * (T(1) - v * v); }, dy, y);
+    case Unary::relu: return map(dx, n, [](V g, V v) { return v > T(0) ? g : V{}; }, dy, y);
     default:  // the others are -dy, dy * y and dy / x; the bindings let none of them through
       return;
   }
@@ -188,18 +178,12 @@ template <class T>
 void binary(Binary op, T* y, const T* a, const T* b, const Strided& s) {
   using V = Vec<T>;
   switch (op) {
-    case Binary::add:
-      return broadcast(y, a, b, s, [](V u, V v) { return u + v; });
-    case Binary::sub:
-      return broadcast(y, a, b, s, [](V u, V v) { return u - v; });
-    case Binary::mul:
-      return broadcast(y, a, b, s, [](V u, V v) { return u * v; });
-    case Binary::div:
-      return broadcast(y, a, b, s, [](V u, V v) { return u / v; });
+    case Binary::add: return broadcast(y, a, b, s, [](V u, V v) { return u + v; });
+    case Binary::sub: return broadcast(y, a, b, s, [](V u, V v) { return u - v; });
+    case Binary::mul: return broadcast(y, a, b, s, [](V u, V v) { return u * v; });
+    case Binary::div: return broadcast(y, a, b, s, [](V u, V v) { return u / v; });
     case Binary::pow:
-      return broadcast(y, a, b, s, [](V u, V v) {
-        return lanewise<T>([](T e, T f) { return pow_of(e, f); }, u, v);
-      });
+      return broadcast(y, a, b, s, [](V u, V v) { return lanewise<T>([](T e, T f) { return pow_of(e, f); }, u, v); });
     case Binary::maximum:  // u where it is NaN; else v wherever the comparison is false, NaN included
       return broadcast(y, a, b, s, [](V u, V v) { return (u > v) | (u != u) ? u : v; });
   }

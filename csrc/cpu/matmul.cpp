@@ -54,14 +54,19 @@ void multiply_tile(T* y, i64 N, const T* a, const T* b, i64 depth, i64 height, i
       sum[r][1] += a[k * ROWS + r] * b1;
     }
   }
+  // By way of memory, since an index known only at run time would keep the sums out of registers throughout.
+  T tile[ROWS][TILE_N<T>];
 #pragma GCC unroll 8
   for (i64 r = 0; r < ROWS; r++) {
-    if (r >= height) break;
-    for (i64 j = 0; j < 2 && j * L < width; j++) {
-      const i64 lanes = smaller(width - j * L, L);
-      T* to = y + r * N + j * L;
-      store_first(to, add ? load_first(to, lanes) + sum[r][j] : sum[r][j], lanes);
-    }
+    store(tile[r], sum[r][0]);
+    store(tile[r] + L, sum[r][1]);
+  }
+  for (i64 r = 0; r < height; r++) {
+    for_vectors<T>(width, [&](i64 j, i64 lanes) {
+      const Vec<T> v = load_first(tile[r] + j, lanes);
+      T* to = y + r * N + j;
+      store_first(to, add ? load_first(to, lanes) + v : v, lanes);
+    });
   }
 }
 
@@ -89,10 +94,11 @@ void matmul(T* y, const T* a, const T* b, i64 batch, i64 M, i64 N, i64 K, i64 a_
   const i64 panels = (N + TILE_N<T> - 1) / TILE_N<T>, blocks = (M + BLOCK_M - 1) / BLOCK_M;
   const i64 packed_size = panels * TILE_N<T> * K;
   Scratch<T> packed((b_batch ? batch : smaller(batch, 1)) * packed_size);
-  parallel_ranges((b_batch ? batch : smaller(batch, 1)) * panels, items_per_part(TILE_N<T> * K), [&](i64 begin, i64 end) {
-    for (i64 i = begin; i < end; i++)
-      pack_panel(packed.get() + i * TILE_N<T> * K, b + i / panels * b_batch, b_view, i % panels * TILE_N<T>, N, K);
-  });
+  parallel_ranges(
+      (b_batch ? batch : smaller(batch, 1)) * panels, items_per_part(TILE_N<T> * K), [&](i64 begin, i64 end) {
+        for (i64 i = begin; i < end; i++)
+          pack_panel(packed.get() + i * TILE_N<T> * K, b + i / panels * b_batch, b_view, i % panels * TILE_N<T>, N, K);
+      });
   // A multiplication costs about a sixteenth of an element of traffic.
   parallel_ranges(batch * blocks, items_per_part(smaller(M, BLOCK_M) * N * K / 16), [&](i64 begin, i64 end) {
     for (i64 i = begin; i < end; i++) {

@@ -35,6 +35,14 @@ void zero(T* p, i64 n) {
 
 // ---- max ----------------------------------------------------------------------------------------------------------
 
+// As many positions as Vec<T> has lanes.
+template <class T>
+struct PositionsOf {
+  typedef std::int32_t type __attribute__((vector_size(LANES<T> * sizeof(std::int32_t))));
+};
+template <class T>
+using Positions = typename PositionsOf<T>::type;
+
 template <class T>
 void max_pool2d_forward(T* y, std::int32_t* argmax, const T* x, const Window& s) {
   parallel_ranges(s.N * s.P, items_per_part(s.Q * s.R * s.S * s.C), [&](i64 begin, i64 end) {
@@ -52,7 +60,8 @@ void max_pool2d_forward(T* y, std::int32_t* argmax, const T* x, const Window& s)
           }
         }
         store_first(y + pixel * s.C + c, best, lanes);
-        for (i64 lane = 0; lane < lanes; lane++) argmax[pixel * s.C + c + lane] = std::int32_t(at[lane]);
+        const auto positions = __builtin_convertvector(at, Positions<T>);
+        __builtin_memcpy(argmax + pixel * s.C + c, &positions, std::size_t(lanes) * sizeof(std::int32_t));
       });
     });
   });
@@ -71,7 +80,10 @@ void max_pool2d_backward(T* dx, const T* dy, const std::int32_t* argmax, const W
         for (i64 t = columns.begin; t < columns.end; t++) {
           T* __restrict to = image + ((h + r) * s.W + w + t) * s.C;
           const std::int32_t here = std::int32_t(r * s.S + t);
-          for (i64 c = 0; c < s.C; c++) to[c] += at[c] == here ? g[c] : T(0);
+          for (i64 c = 0; c < s.C; c++) {
+            const T value = g[c];  // read either way: a load under a condition would keep the loop scalar
+            to[c] += at[c] == here ? value : T(0);
+          }
         }
       }
     });

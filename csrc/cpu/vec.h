@@ -48,14 +48,14 @@ template <class T>
 inline Vec<T> load_first(const T* p, i64 n) {
   if (n == LANES<T>) return load(p);
   Vec<T> v{};
-  for (i64 i = 0; i < n; i++) v[i] = p[i];
+  __builtin_memcpy(&v, p, std::size_t(n) * sizeof(T));
   return v;
 }
 
 template <class T>
 inline void store_first(T* p, Vec<T> v, i64 n) {
   if (n == LANES<T>) return store(p, v);
-  for (i64 i = 0; i < n; i++) p[i] = v[i];
+  __builtin_memcpy(p, &v, std::size_t(n) * sizeof(T));
 }
 
 template <class T>

@@ -59,8 +59,8 @@ def get(name=None):
         return name
     if name is None:
         name = _default
-    if name not in _devices:
-        known = isinstance(name, str) and name in NAMES
+    known = isinstance(name, str) and name in NAMES
+    if not known or name not in _devices:
         expect(known, "backend", f"the device must be one of {', '.join(NAMES)}", ArgumentError, device=name)
         expect(
             name in ("reference", "cpu"), "backend", f"{name} needs the CUDA kernels, which this version does not have",

@@ -4,6 +4,8 @@ An adapter function makes its inputs dense (the one place where that happens), t
 and calls the launcher of the same name. Reductions are NumPy's, in float64. Contracts are in spec.py.
 """
 
+import math
+
 import numpy as np
 
 from tinyres import _cpu
@@ -166,15 +168,15 @@ def matmul(a, b, transpose_a=False, transpose_b=False):
         b = b.swapaxes(-1, -2)
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     y = empty((*batch, a.shape[-2], b.shape[-1]), a.dtype)
-    _cpu.matmul(y.reshape(-1, *y.shape[-2:]), _batched(a, batch), _batched(b, batch))
+    _cpu.matmul(y.reshape(math.prod(batch), *y.shape[-2:]), _batched(a, batch), _batched(b, batch))
     return y
 
 
 def _batched(a, batch):
     """`a` as (matrices, rows, columns) with its leading axes broadcast to `batch`: a view where one is possible."""
     if a.ndim == 2:
-        return _broadcast_to(a, (int(np.prod(batch)), *a.shape))
-    return _broadcast_to(a, (*batch, *a.shape[-2:])).reshape(-1, *a.shape[-2:])
+        return _broadcast_to(a, (math.prod(batch), *a.shape))
+    return _broadcast_to(a, (*batch, *a.shape[-2:])).reshape(math.prod(batch), *a.shape[-2:])
 
 
 # convolution --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class Conv2d(Module):
         self.stride, self.padding = checks.pair("Conv2d", "stride", stride, 1), checks.pair("Conv2d", "padding", padding, 0)
         shape = (*self.window, in_channels, out_channels)
         self.weight = Parameter(init.he_normal(shape, fan_in=shape[0] * shape[1] * shape[2]))
-        self.bias = Parameter(np.zeros(out_channels, np.float32)) if bias else None
+        self.bias = Parameter(np.zeros(out_channels, np.float32)) if checks.flag("Conv2d", "bias", bias) else None
 
     def forward(self, x):
         return ops.conv2d(x, self.weight, self.bias, self.stride, self.padding)
@@ -46,7 +46,7 @@ class Linear(Module):
         shape = (checks.integer("Linear", "in_features", in_features, 1),
                  checks.integer("Linear", "out_features", out_features, 1))  # fmt: skip
         self.weight = Parameter(init.he_normal(shape, fan_in=shape[0]))
-        self.bias = Parameter(np.zeros(shape[1], np.float32)) if bias else None
+        self.bias = Parameter(np.zeros(shape[1], np.float32)) if checks.flag("Linear", "bias", bias) else None
 
     def forward(self, x):
         return ops.linear(x, self.weight, self.bias)

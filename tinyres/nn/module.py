@@ -172,14 +172,12 @@ class Module:
         problems = [f"missing {name}" for name in own if name not in state]
         problems += [f"unexpected {name}" for name in state if name not in own]
         problems += [
-            f"{name} has dtype {np.asarray(state[name]).dtype}"
-            for name in own
-            if name in state and np.asarray(state[name]).dtype.kind not in "fiub"
+            f"{name} is no array of numbers" for name in own if name in state and not _is_numeric(state[name])
         ]
         problems += [
-            f"{name} has shape {np.shape(state[name])}, the model's is {array.shape}"
+            f"{name} has shape {state[name].shape}, the model's is {array.shape}"
             for name, array in own.items()
-            if name in state and np.shape(state[name]) != array.shape
+            if name in state and _is_numeric(state[name]) and state[name].shape != array.shape
         ]
         expect(not problems, "load_state_dict", "the state must fit the model: " + "; ".join(problems), CheckpointError)
         for name, array in own.items():
@@ -193,6 +191,11 @@ class Module:
         lines = [f"  ({name}): " + repr(child).replace("\n", "\n  ") for name, child in self.children()]
         head = f"{type(self).__name__}({self.extra_repr()}"
         return head + ("\n" + "\n".join(lines) + "\n)" if lines else ")")
+
+
+def _is_numeric(array):
+    """Whether `array` is an array, of NumPy or CuPy, of real numbers."""
+    return not isinstance(array, Tensor) and hasattr(array, "shape") and array.dtype.kind in "fiub"
 
 
 class Sequential(Module):

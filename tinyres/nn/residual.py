@@ -70,7 +70,7 @@ def shortcut(option, in_channels, out_channels, stride):
             "C": a projection everywhere
     Raises ArgumentError for another option.
     """
-    expect(option in ("A", "B", "C"), "shortcut", "the shortcut must be A, B or C", ArgumentError, shortcut=option)
+    expect(isinstance(option, str) and option in ("A", "B", "C"), "shortcut", "the shortcut must be A, B or C", ArgumentError, shortcut=option)
     if option != "C" and stride == 1 and in_channels == out_channels:
         return None
     if option == "A":

@@ -105,6 +105,7 @@ def batch_norm_add_relu(
 
 def _check(op, x, gamma, beta, running_mean, running_var, training, momentum, eps):
     checks.operands(op, x=x, gamma=gamma, beta=beta)
+    training = checks.flag(op, "training", training)
     expect(x.ndim >= 2 and x.size > 0, op, "x must be (..., C) with no empty axis", x=x.shape)
     channels = x.shape[-1:]
     expect(gamma.shape == channels and beta.shape == channels, op, "gamma and beta must have one value per channel",
@@ -125,4 +126,4 @@ def _check(op, x, gamma, beta, running_mean, running_var, training, momentum, ep
     expect(not training or x.size > x.shape[-1], op, "training needs more than one value per channel", x=x.shape)
     momentum, eps = checks.fraction(op, "momentum", momentum, one=True), checks.real(op, "eps", eps)
     expect(eps > 0, op, "eps must be positive", ArgumentError, eps=eps)
-    return {"running": (running_mean, running_var), "training": bool(training), "momentum": momentum, "eps": eps}
+    return {"running": (running_mean, running_var), "training": training, "momentum": momentum, "eps": eps}

@@ -2,6 +2,7 @@
 
 import numbers
 import operator
+import sys
 
 import numpy as np
 
@@ -73,8 +74,15 @@ def fraction(op, name, value, one=False):
 def real(op, name, value):
     """`value` as a finite float."""
     number = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
-    expect(number and np.isfinite(value), op, f"{name} must be a finite number", ArgumentError, **{name: repr(value)})
+    valid = number and -sys.float_info.max <= value <= sys.float_info.max
+    expect(valid, op, f"{name} must be a finite number", ArgumentError, **{name: repr(value)})
     return float(value)
+
+
+def flag(op, name, value):
+    """`value`, True or False, as a bool."""
+    expect(isinstance(value, (bool, np.bool_)), op, f"{name} must be True or False", DtypeError, **{name: repr(value)})
+    return bool(value)
 
 
 def axes(op, axis, ndim):

@@ -279,7 +279,7 @@ def dropout(x, p=0.5, training=True):
     """
     checks.operands("dropout", x=x)
     p = checks.fraction("dropout", "p", p)
-    if not training or p == 0:
+    if not checks.flag("dropout", "training", training) or p == 0:
         return x
     stream, draw = random.next_draw("dropout")
     return Dropout.apply(x, p=p, key=(stream.key, draw))

@@ -3,7 +3,7 @@
 import numpy as np
 
 from tinyres.autograd import Function, Tensor
-from tinyres.errors import ArgumentError, DeviceError, DtypeError, expect
+from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, expect
 from tinyres.ops import checks
 
 
@@ -32,7 +32,10 @@ def cross_entropy(logits, labels, label_smoothing=0.0):
     checks.rank(op, "logits", logits, "NK")
     labels = labels.data if isinstance(labels, Tensor) else labels
     if isinstance(labels, (list, tuple)):
-        labels = logits.device.asarray(labels)
+        try:
+            labels = logits.device.asarray(labels)
+        except ValueError as error:
+            raise ShapeError(f"[{op}] labels must be one per row of logits ({error})") from None
     expect(logits.device.owns(labels), op, "labels must be an array on the device of logits", DeviceError,
            labels=type(labels).__name__)  # fmt: skip
     expect(labels.dtype.kind in "iu", op, "labels must be integers", DtypeError, labels=labels.dtype)

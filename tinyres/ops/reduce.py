@@ -55,7 +55,7 @@ class Max(Function):
 def sum(x, axis=None, keepdims=False):
     """The sum over `axis`, accumulated in float64. Raises ShapeError for an axis that is not there."""
     checks.operands("sum", x=x)
-    return Sum.apply(x, axes=checks.axes("sum", axis, x.ndim), keepdims=keepdims)
+    return Sum.apply(x, axes=checks.axes("sum", axis, x.ndim), keepdims=checks.flag("sum", "keepdims", keepdims))
 
 
 def mean(x, axis=None, keepdims=False):
@@ -63,7 +63,7 @@ def mean(x, axis=None, keepdims=False):
     checks.operands("mean", x=x)
     axes = checks.axes("mean", axis, x.ndim)
     expect(all(x.shape[i] for i in axes), "mean", "the reduced axes must not be empty", x=x.shape, axes=axes)
-    return Mean.apply(x, axes=axes, keepdims=keepdims)
+    return Mean.apply(x, axes=axes, keepdims=checks.flag("mean", "keepdims", keepdims))
 
 
 def max(x, axis=None, keepdims=False):
@@ -71,4 +71,4 @@ def max(x, axis=None, keepdims=False):
     checks.operands("max", x=x)
     axes = checks.axes("max", axis, x.ndim)
     expect(all(x.shape[i] for i in axes), "max", "the reduced axes must not be empty", x=x.shape, axes=axes)
-    return Max.apply(x, axes=axes, keepdims=keepdims)
+    return Max.apply(x, axes=axes, keepdims=checks.flag("max", "keepdims", keepdims))
