@@ -204,6 +204,8 @@ def measure(args, folder):
             environment = {"TINYRES_CPU_ISA": args.isa} if args.isa else {}
         else:
             environment = {**harness.torch_environment(args.isa), "OMP_NUM_THREADS": str(args.threads)}
+            # A cache of this run alone: one that was filled under another instruction set gives wrong results
+            environment["TORCHINDUCTOR_CACHE_DIR"] = str(pathlib.Path(folder) / "compiled")
         children[name] = harness.Child([__file__, "--serve"], environment)
         try:
             started[name] = children[name].ask(

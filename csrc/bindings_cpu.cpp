@@ -164,18 +164,16 @@ class Call {
 
 // Memory ------------------------------------------------------------------------------------------------------------
 
-Array empty(const py::tuple& shape, const py::object& dtype) {
+Array empty(const std::vector<py::ssize_t>& shape, const py::object& dtype) {
   const py::dtype type = py::dtype::from_args(dtype);
   const Call call("empty");
   // Others hold references or sizes of their own, which undefined contents would break.
   call.expect(std::string_view("biuf").find(type.kind()) != std::string_view::npos, "dtype must be a number");
-  std::vector<py::ssize_t> sizes(shape.size());
   i64 bytes = type.itemsize();
   bool fits = true;
-  for (std::size_t i = 0; i < sizes.size(); i++) {
-    sizes[i] = shape[i].cast<py::ssize_t>();
-    call.expect(sizes[i] >= 0, "sizes must not be negative");
-    fits = fits && !__builtin_mul_overflow(bytes, std::max<i64>(sizes[i], 1), &bytes);
+  for (const i64 size : shape) {
+    call.expect(size >= 0, "sizes must not be negative");
+    fits = fits && !__builtin_mul_overflow(bytes, std::max<i64>(size, 1), &bytes);
   }
   call.expect(fits, "the array is too large");
 
@@ -186,7 +184,7 @@ Array empty(const py::tuple& shape, const py::object& dtype) {
     memory_return(block);
     throw py::error_already_set();
   }
-  return Array(type, std::move(sizes), {}, block, py::reinterpret_steal<py::object>(owner));
+  return Array(type, shape, {}, block, py::reinterpret_steal<py::object>(owner));
 }
 
 py::dict stats() {

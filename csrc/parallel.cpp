@@ -1,7 +1,8 @@
 // A caller publishes a job; it and the workers pick chunks until none is left. Picking is one compare-and-swap on
-// `state_`, which carries the job's generation and its next chunk: a worker that comes late, or was suspended between
-// looking and picking, fails that swap and touches nothing. So the caller can finish a job alone and waits for nothing
-// but chunks that somebody else is computing: a busy second core costs speed, never a stall.
+// `state_`, which carries the job's generation and the number of chunks left: a worker that comes late, or was
+// suspended between looking and picking, finds none left or fails that swap, and touches nothing. So the caller can
+// finish a job alone and waits for nothing but chunks that somebody else is computing: a busy second core costs speed,
+// never a stall.
 #include "parallel.h"
 
 #include <pthread.h>
@@ -17,7 +18,6 @@
 #include <deque>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -104,7 +104,7 @@ class Pool {
     failed_.store(false, std::memory_order_relaxed);
 
     const std::uint32_t generation = generation_of(state_.load(std::memory_order_relaxed)) + 1;
-    state_.store(std::uint64_t(generation) << 32);
+    state_.store(std::uint64_t(generation) << 32 | std::uint64_t(chunks));
     for (int i = 0; i < helpers; i++) workers_[std::size_t(i)].wake();
     work(generation);
 
@@ -121,30 +121,31 @@ class Pool {
 
   // Brings the number of workers up to `count` if the system lets it; returns how many of them will help.
   int hire(int count) {
-    // Signals belong to the thread that the interpreter waits in.
-    sigset_t all, before;
-    const bool short_handed = int(workers_.size()) < count;
-    if (short_handed) {
+    if (int(workers_.size()) < count) {
+      // Workers block all signals: those belong to the thread in which the interpreter waits.
+      sigset_t all, before;
       sigfillset(&all);
       pthread_sigmask(SIG_SETMASK, &all, &before);
       try {
-        while (int(workers_.size()) < count) {
-          const int index = int(workers_.size());
-          Sleeper& sleeper = workers_.emplace_back();
-          const std::uint32_t seen = generation_of(state_.load(std::memory_order_relaxed));
-          try {
-            std::thread([this, index, seen, &sleeper] { serve(index, seen, sleeper); }).detach();
-          } catch (...) {
-            workers_.pop_back();
-            throw;
-          }
-        }
+        while (int(workers_.size()) < count) hire_one();
       } catch (const std::exception&) {
         // No more threads to be had: those that exist, or the caller alone, do the work.
       }
       pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
     return std::min(count, int(workers_.size()));
+  }
+
+  void hire_one() {
+    const int index = int(workers_.size());
+    const std::uint32_t seen = generation_of(state_.load(std::memory_order_relaxed));
+    Sleeper& sleeper = workers_.emplace_back();
+    try {
+      std::thread([this, index, seen, &sleeper] { serve(index, seen, sleeper); }).detach();
+    } catch (...) {
+      workers_.pop_back();
+      throw;
+    }
   }
 
   [[noreturn]] void serve(int index, std::uint32_t seen, Sleeper& sleeper) {
@@ -159,20 +160,20 @@ class Pool {
     }
   }
 
-  // The fields of the job are read before a chunk is picked and used only if the swap succeeds: it cannot once the
-  // job is over, and a new one is written only after that.
+  // The fields of the job are read before a chunk is picked and used only if the swap succeeds: then a chunk was left
+  // all the time, and the fields are written only while none is.
   void work(std::uint32_t generation) {
     i64 ran = 0;
     i64 chunks = 0;
     std::uint64_t state = state_.load(std::memory_order_acquire);
     while (generation_of(state) == generation) {
-      const i64 chunk = std::uint32_t(state);
+      const std::uint32_t left = std::uint32_t(state);
+      if (left == 0) break;
       chunks = chunks_.load(std::memory_order_relaxed);
       auto* const fn = fn_.load(std::memory_order_relaxed);
       void* const context = context_.load(std::memory_order_relaxed);
-      if (chunk >= chunks) break;
-      if (!state_.compare_exchange_weak(state, state + 1)) continue;
-      call(fn, context, chunk);
+      if (!state_.compare_exchange_weak(state, state - 1)) continue;
+      call(fn, context, chunks - left);
       ran++;
       state = state_.load(std::memory_order_acquire);
     }
@@ -189,7 +190,7 @@ class Pool {
   }
 
   std::atomic<bool> busy_{false};
-  std::atomic<std::uint64_t> state_{0};  // generation of the job << 32 | next chunk
+  std::atomic<std::uint64_t> state_{0};  // generation of the job << 32 | chunks left
   std::atomic<void (*)(void*, i64)> fn_{nullptr};
   std::atomic<void*> context_{nullptr};
   std::atomic<i64> chunks_{0};

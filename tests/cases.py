@@ -174,4 +174,6 @@ BREAKS = {
 
 def invalid_conv_geometries():
     """(x shape, w shape, stride, padding) of a valid geometry with one thing broken; must raise."""
-    return st.builds(lambda g, change: change(g.x, g.w, g.stride, g.padding), conv_geometries(), st.sampled_from([*BREAKS.values()]))
+    return st.builds(
+        lambda g, change: change(g.x, g.w, g.stride, g.padding), conv_geometries(), st.sampled_from([*BREAKS.values()])
+    )

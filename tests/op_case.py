@@ -107,7 +107,9 @@ def matches_reference(case, device, monkeypatch):
         got = case.run(case.tensors(device, arrays))
         for i, (g, w) in enumerate(zip(got, want, strict=True)):
             assert g.dtype == dtype
-            assert_close(g, w, case.reduction, f"{'gradient of input ' + str(i - 1) if i else 'output'}, {dtype.__name__}")
+            assert_close(
+                g, w, case.reduction, f"{'gradient of input ' + str(i - 1) if i else 'output'}, {dtype.__name__}"
+            )
 
 
 def matches_differences(case, device, monkeypatch):

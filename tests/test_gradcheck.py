@@ -4,9 +4,9 @@ import re
 
 import numpy as np
 import pytest
+from op_case import DEVICES
 
 import tinyres
-from op_case import DEVICES
 from tinyres import nn, ops
 from tinyres.errors import ArgumentError, DtypeError, GradcheckError, TinyresError
 
@@ -234,7 +234,9 @@ def test_weights_of_a_module():
 
 
 def test_a_whole_residual_unit(rng):
-    unit = nn.Residual(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2))
+    unit = nn.Residual(
+        nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2)
+    )
     for model in (unit.to(dtype=np.float64), tinyres.fuse(nn.Sequential(unit))):
         x = leaf(rng.standard_normal((2, 4, 4, 2)))
         tinyres.gradcheck(lambda *_, model=model, x=x: model(x), [x, *model.parameters()], max_full=40)

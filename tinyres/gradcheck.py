@@ -159,7 +159,9 @@ class _Check:
         outputs = self.fn(*self.inputs)
         outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         for y in outputs:
-            expect(isinstance(y, Tensor), "gradcheck", "fn must return Tensors", error=DtypeError, type=type(y).__name__)
+            expect(
+                isinstance(y, Tensor), "gradcheck", "fn must return Tensors", error=DtypeError, type=type(y).__name__
+            )
             expect(y.dtype == np.float64, "gradcheck", "outputs must be float64", error=DtypeError, dtype=y.dtype)
         return outputs
 
@@ -193,7 +195,10 @@ class _Check:
                 dys.append(y.device.asarray(upstream[begin:end].reshape(y.shape)))
         wanted = {(id(x), 0): None for x in self.inputs}
         _sweep("gradcheck", ys, dys, False, wanted)
-        return [None if dx is None else Tensor(dx, device=x.device).numpy().ravel() for x, dx in zip(self.inputs, wanted.values(), strict=True)]
+        return [
+            None if dx is None else Tensor(dx, device=x.device).numpy().ravel()
+            for x, dx in zip(self.inputs, wanted.values(), strict=True)
+        ]
 
     def slope(self, i, direction, y):
         """Central difference of all outputs along a direction of input i; y are the outputs at the point itself."""
@@ -217,18 +222,19 @@ class _Check:
             if not np.isfinite(bend).all():
                 raise _Kink(f"input {i}, element {self.name(i, direction)}: not finite beside it")
             if suspect.any():
-                # Of a smooth function the bend is the curvature times the step: half the step, half the bend. At a
-                # kink inside the step it is not, and the second halving finds the one that the first one hits by luck.
-                halves = [np.subtract(*sides(length / 2)[::-1]), np.subtract(*sides(length / 4)[::-1])]
-                for part, half in zip((2, 4), halves):
-                    if not (np.abs(half * part - bend) <= 0.1 * np.abs(bend) + part * part * rounding)[suspect].all():
+                # Of a smooth function the bend is the curvature times the step: half the step, half the bend. With a
+                # kink inside the step it is not; the second halving is for the kink that meets the first by luck.
+                for part in (2, 4):
+                    nearer_left, nearer_right = sides(length / part)
+                    unlike = np.abs(part * (nearer_right - nearer_left) - bend)
+                    if (unlike > 0.1 * np.abs(bend) + part * part * rounding)[suspect].any():
                         raise _Kink(f"input {i}, element {self.name(i, direction)}")
         finally:
             x.data = data
         return (left + right) / 2
 
     def fail(self, i, direction, weights, analytic):
-        """Raise for the element of the direction whose derivative is wrong, found by halving where the error is larger."""
+        """Raise, naming the element of the direction that is wrong: found by halving towards the larger error."""
         y = self.values()
         while np.count_nonzero(direction) > 1:
             halves = []
@@ -238,7 +244,7 @@ class _Check:
                 error = abs(_along(analytic, part) - weights @ self.slope(i, part, y))
                 halves.append((math.isnan(error), error, part))
             direction = max(halves, key=lambda half: half[:2])[2]
-        direction = np.sign(direction) ** 2
+        direction = np.abs(np.sign(direction))
         outputs = np.flatnonzero(weights)
         raise GradcheckError(
             f"[gradcheck] analytic and numeric gradient must agree; got input {i}, element {self.name(i, direction)}, "

@@ -25,7 +25,8 @@ class SGD:
     def __init__(self, params, lr, momentum=0, weight_decay=0, nesterov=False):
         self.lr = _at_least_zero("lr", lr)
         self.momentum = checks.fraction("SGD", "momentum", momentum)
-        self.weight_decay, self.nesterov = _at_least_zero("weight_decay", weight_decay), checks.flag("SGD", "nesterov", nesterov)
+        self.weight_decay = _at_least_zero("weight_decay", weight_decay)
+        self.nesterov = checks.flag("SGD", "nesterov", nesterov)
         expect(not nesterov or self.momentum > 0, "SGD", "nesterov needs momentum", ArgumentError, momentum=momentum)
         iterable = isinstance(params, Iterable) and not isinstance(params, (Tensor, np.ndarray, str))
         expect(iterable, "SGD", "params must be an iterable of Parameters", DtypeError,

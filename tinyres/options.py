@@ -23,7 +23,8 @@ class Options:
     threads: int | None = None
 
     def __post_init__(self):
-        expect(isinstance(self.conv, str) and self.conv in CONV, "options", f"conv must be one of {', '.join(CONV)}", ArgumentError, conv=self.conv)
+        known = isinstance(self.conv, str) and self.conv in CONV
+        expect(known, "options", f"conv must be one of {', '.join(CONV)}", ArgumentError, conv=self.conv)
         whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
         valid = self.threads is None or (whole and 1 <= self.threads <= 1024)
         expect(valid, "options", "threads must be None or an integer in 1 .. 1024", ArgumentError, threads=self.threads)

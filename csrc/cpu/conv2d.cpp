@@ -168,7 +168,6 @@ struct Correlation {
 
   i64 taps(i64 phase) const { return ceil_div(S - phase, x.stride); }  // of a row, in one phase
   static i64 packed_size(i64 taps, i64 C, i64 K) { return taps * C * ceil_div(K, LANES<T>) * LANES<T>; }
-  i64 filter_groups() const { return ceil_div(K, FILTER_VECTORS * LANES<T>); }
 };
 
 // Taps that neighbour each other in the blocks, S of them or those of one phase, are summed in groups of up to 3.
@@ -237,9 +236,12 @@ void correlate_tile(T* y, i64 y_column, i64 filters, const T* x, const T* w, con
         const T* pixel = x + r * o.x.row() + phase * o.x.phase();
         for (i64 left = taps + (phase < longer), group; left > 0; left -= group, pixel += group * BLOCK) {
           group = next_taps(left);
-          if (group == 3) w = add_taps<T, 3>(sum, pixel, w, channels);
-          else if (group == 2) w = add_taps<T, 2>(sum, pixel, w, channels);
-          else w = add_taps<T, 1>(sum, pixel, w, channels);
+          if (group == 3)
+            w = add_taps<T, 3>(sum, pixel, w, channels);
+          else if (group == 2)
+            w = add_taps<T, 2>(sum, pixel, w, channels);
+          else
+            w = add_taps<T, 1>(sum, pixel, w, channels);
         }
       }
     }
@@ -249,8 +251,10 @@ void correlate_tile(T* y, i64 y_column, i64 filters, const T* x, const T* w, con
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; v++) {
       const i64 rest = filters - v * LANES<T>;
-      if (rest >= LANES<T>) store(y + i * y_column + v * LANES<T>, sum[i][v]);
-      else store_first(y + i * y_column + v * LANES<T>, sum[i][v], rest);
+      if (rest >= LANES<T>)
+        store(y + i * y_column + v * LANES<T>, sum[i][v]);
+      else
+        store_first(y + i * y_column + v * LANES<T>, sum[i][v], rest);
     }
 }
 
@@ -274,8 +278,12 @@ void correlate_group(const Outputs<T>& out, i64 k0, const T* x, const Correlatio
       T* y = out.y + p * out.row + q * out.column + k0;
       const T* in = x + q * BLOCK;
       switch (pixels) {
-        case 16: if constexpr (TILE / VECTORS >= 16) correlate_tile<T, 16, VECTORS>(y, out.column, filters, in, w, o); break;
-        case 8: correlate_tile<T, 8, VECTORS>(y, out.column, filters, in, w, o); break;
+        case 16:
+          if constexpr (TILE / VECTORS >= 16) correlate_tile<T, 16, VECTORS>(y, out.column, filters, in, w, o);
+          break;
+        case 8:
+          if constexpr (TILE / VECTORS >= 8) correlate_tile<T, 8, VECTORS>(y, out.column, filters, in, w, o);
+          break;
         case 4: correlate_tile<T, 4, VECTORS>(y, out.column, filters, in, w, o); break;
         case 2: correlate_tile<T, 2, VECTORS>(y, out.column, filters, in, w, o); break;
         default: correlate_tile<T, 1, VECTORS>(y, out.column, filters, in, w, o);
@@ -289,8 +297,10 @@ void correlate_group(const Outputs<T>& out, i64 k0, const T* x, const Correlatio
 template <class T>
 void correlate(const Outputs<T>& out, const T* x, const Correlation<T>& o) {
   for (i64 k0 = 0; k0 < o.K; k0 += FILTER_VECTORS * LANES<T>) {
-    if (o.K - k0 > LANES<T>) correlate_group<T, FILTER_VECTORS>(out, k0, x, o);
-    else correlate_group<T, 1>(out, k0, x, o);
+    if (o.K - k0 > LANES<T>)
+      correlate_group<T, FILTER_VECTORS>(out, k0, x, o);
+    else
+      correlate_group<T, 1>(out, k0, x, o);
   }
 }
 
@@ -307,7 +317,7 @@ void direct_forward(T* y, const T* x, const T* w, const Window& s) {
   const i64 band = band_rows(s.N, s.P, image.size() * i64(sizeof(T))), bands = ceil_div(s.P, band);
   image.rows = (band - 1) * s.stride_h + s.R;
   const Correlation<T> o{s.R, s.S, s.C, s.K, s.stride_h, image, w, s.S * s.C * s.K, s.C * s.K, s.K, 1, packed.get()};
-  parallel_for(o.filter_groups(), [&](i64 group) { pack(o, group); });
+  parallel_for(ceil_div(s.K, FILTER_VECTORS * LANES<T>), [&](i64 group) { pack(o, group); });
   parallel_for(s.N * bands, [&](i64 task) {
     const i64 n = task / bands, p = task % bands * band;
     Scratch<T> blocks(image.size());
@@ -323,20 +333,21 @@ void direct_forward(T* y, const T* x, const T* w, const Window& s) {
 // reversed order, j = taps - 1 - t, and with channels and filters exchanged. All classes of an image share one
 // scratch of dy; a class without taps (stride > window) sums nothing and writes zeros.
 struct Class {
-  i64 taps;          // j = 0 .. taps - 1
-  i64 begin, end;    // the i whose pixel lies inside the image
+  i64 taps;        // j = 0 .. taps - 1
+  i64 begin, end;  // the i whose pixel lies inside the image
 };
-inline Class remainder_class(i64 a, i64 size, i64 window, i64 stride, i64 pad) {
-  return {a < window ? ceil_div(window - a, stride) : 0, (pad - a + stride - 1) / stride,
-          (size - 1 + pad - a + stride) / stride};
+inline Class class_of(i64 a, i64 size, i64 window, i64 stride, i64 pad) {
+  return {a < window ? ceil_div(window - a, stride) : 0, ceil_div(pad - a, stride), ceil_div(size + pad - a, stride)};
 }
 
 template <class T>
 void direct_backward_input(T* dx, const T* dy, const T* w, const Window& s) {
   Scratch<T> packed(Correlation<T>::packed_size(s.R * s.S, s.K, s.C));
   // dy[i - j] over all classes: i from first to last, j below the taps of class 0, which has most.
-  const i64 taps_h = ceil_div(s.R, s.stride_h), first_h = s.pad_h / s.stride_h, last_h = (s.H - 1 + s.pad_h) / s.stride_h;
-  const i64 taps_w = ceil_div(s.S, s.stride_w), first_w = s.pad_w / s.stride_w, last_w = (s.W - 1 + s.pad_w) / s.stride_w;
+  const i64 taps_h = ceil_div(s.R, s.stride_h), first_h = s.pad_h / s.stride_h,
+            last_h = (s.H - 1 + s.pad_h) / s.stride_h;
+  const i64 taps_w = ceil_div(s.S, s.stride_w), first_w = s.pad_w / s.stride_w,
+            last_w = (s.W - 1 + s.pad_w) / s.stride_w;
   const i64 rows = last_h - first_h + 1;
   Blocks image{rows + taps_h - 1, last_w - first_w + taps_w, s.K, 1};
   const i64 band = band_rows(s.N, rows, image.size() * i64(sizeof(T))), bands = ceil_div(rows, band);
@@ -346,8 +357,8 @@ void direct_backward_input(T* dx, const T* dy, const T* w, const Window& s) {
     T* at = packed.get();
     for (i64 a = 0; a < s.stride_h; a++) {
       for (i64 b = 0; b < s.stride_w; b++) {
-        const Class h = remainder_class(a, s.H, s.R, s.stride_h, s.pad_h);
-        const Class v = remainder_class(b, s.W, s.S, s.stride_w, s.pad_w);
+        const Class h = class_of(a, s.H, s.R, s.stride_h, s.pad_h);
+        const Class v = class_of(b, s.W, s.S, s.stride_w, s.pad_w);
         const T* last = w + ((a + s.stride_h * (h.taps - 1)) * s.S + b + s.stride_w * (v.taps - 1)) * s.C * s.K;
         body(a, b, h, v,
              Correlation<T>{h.taps, v.taps, s.K, s.C, 1, image, last, -s.stride_h * s.S * s.C * s.K,
@@ -457,7 +468,8 @@ void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
     const Blocks image{unit_rows, TAPS == 3 ? s.W + 2 : s.Q, filters, 1};
     const i64 column0 = TAPS == 3 ? s.pad_w - 2 : 0;
     Scratch<T> blocks(unit_images * image.size());
-    if (filters % BLOCK) std::memset(blocks.get(), 0, unit_images * image.size() * sizeof(T));  // sums read whole blocks
+    if (filters % BLOCK)
+      std::memset(blocks.get(), 0, unit_images * image.size() * sizeof(T));  // sums read whole blocks
     const i64 first = part * units / parts, last = (part + 1) * units / parts;
     for (i64 unit = first; unit < last; unit++) {
       const i64 n0 = unit / bands * unit_images, p0 = unit % bands * unit_rows, p1 = least(s.P, p0 + unit_rows);
@@ -487,8 +499,10 @@ void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
                                    image.row(),
                                    vector(k + LANES<T>) - vector(k)};
               const i64 channels = least(chunk, s.C - c);
-              if (VECTORS == 2 && filters - k > LANES<T>) outer_products<T, TAPS, OUTER_CHANNELS, VECTORS>(to, channels, from);
-              else outer_products<T, TAPS, OUTER_CHANNELS, 1>(to, channels, from);
+              if (filters - k > LANES<T>)
+                outer_products<T, TAPS, OUTER_CHANNELS, VECTORS>(to, channels, from);
+              else
+                outer_products<T, TAPS, OUTER_CHANNELS, 1>(to, channels, from);
             }
           }
         }
@@ -501,8 +515,10 @@ void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
       for (i64 k = 0; k < s.K; k += LANES<T>) {
         Vec<T> sum{};
         for (i64 part = 0; part < parts; part++) sum += load(&partial[(part * rows + row) * K + k]);
-        if (k + LANES<T> <= s.K) store(dw + row * s.K + k, sum);
-        else store_first(dw + row * s.K + k, sum, s.K - k);
+        if (k + LANES<T> <= s.K)
+          store(dw + row * s.K + k, sum);
+        else
+          store_first(dw + row * s.K + k, sum, s.K - k);
       }
     }
   });
@@ -512,21 +528,28 @@ void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
 
 template <class T>
 void conv2d_forward(T* y, const T* x, const T* w, const Window& s, ConvAlgorithm algorithm) {
-  if (algorithm == ConvAlgorithm::naive) naive_forward(y, x, w, s);
-  else direct_forward(y, x, w, s);
+  if (algorithm == ConvAlgorithm::naive)
+    naive_forward(y, x, w, s);
+  else
+    direct_forward(y, x, w, s);
 }
 
 template <class T>
 void conv2d_backward_input(T* dx, const T* dy, const T* w, const Window& s, ConvAlgorithm algorithm) {
-  if (algorithm == ConvAlgorithm::naive) naive_backward_input(dx, dy, w, s);
-  else direct_backward_input(dx, dy, w, s);
+  if (algorithm == ConvAlgorithm::naive)
+    naive_backward_input(dx, dy, w, s);
+  else
+    direct_backward_input(dx, dy, w, s);
 }
 
 template <class T>
 void conv2d_backward_weight(T* dw, const T* dy, const T* x, const Window& s, ConvAlgorithm algorithm) {
-  if (algorithm == ConvAlgorithm::naive) naive_backward_weight(dw, dy, x, s);
-  else if (s.stride_w == 1 && s.S == 3) direct_backward_weight<T, 3>(dw, dy, x, s);
-  else direct_backward_weight<T, 1>(dw, dy, x, s);
+  if (algorithm == ConvAlgorithm::naive)
+    naive_backward_weight(dw, dy, x, s);
+  else if (s.stride_w == 1 && s.S == 3)
+    direct_backward_weight<T, 3>(dw, dy, x, s);
+  else
+    direct_backward_weight<T, 1>(dw, dy, x, s);
 }
 
 }  // namespace

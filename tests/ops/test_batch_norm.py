@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from op_case import DEVICES, Case, assert_close, checks_of, normal
 
 import tinyres
-from op_case import DEVICES, Case, assert_close, normal, checks_of
 from tinyres import ops
 
 SHAPES = {
@@ -69,7 +69,9 @@ test_cases = checks_of(CASES)
 
 def _tensors(device, dtype=np.float64, shape=(4, 3, 3, 5), seed=0):
     rng = np.random.default_rng(seed)
-    arrays = [draw(rng).astype(dtype) for draw in (normal(*shape), normal(*shape), _scale(shape[-1]), normal(shape[-1]))]
+    arrays = [
+        draw(rng).astype(dtype) for draw in (normal(*shape), normal(*shape), _scale(shape[-1]), normal(shape[-1]))
+    ]
     return [tinyres.tensor(a, requires_grad=True, device=device) for a in arrays]
 
 

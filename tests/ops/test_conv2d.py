@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from cases import BREAKS, CONVS, Geometry, conv_geometries, invalid_conv_geometries
 from hypothesis import given
 from hypothesis import strategies as st
+from op_case import DEVICES, Case, assert_close, checks_of, normal
 
 import tinyres
-from cases import BREAKS, CONVS, Geometry, conv_geometries, invalid_conv_geometries
-from op_case import DEVICES, Case, assert_close, normal, checks_of
 from tinyres import ops
 
 ALGORITHMS = ("naive", "direct", "auto")
@@ -18,7 +18,13 @@ def _reduction(g):
 
 
 def _case(name, g):
-    return Case(name, lambda x, w: ops.conv2d(x, w, None, g.stride, g.padding), normal(*g.x), normal(*g.w), reduction=_reduction(g))
+    return Case(
+        name,
+        lambda x, w: ops.conv2d(x, w, None, g.stride, g.padding),
+        normal(*g.x),
+        normal(*g.w),
+        reduction=_reduction(g),
+    )
 
 
 CASES = [
@@ -112,7 +118,9 @@ def test_each_way_to_break_a_geometry_raises(device, how):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("shape", ((2, 32, 32, 16, 16, 1), (2, 32, 32, 16, 32, 2), (3, 8, 8, 64, 64, 1), (5, 32, 32, 3, 16, 1)))
+@pytest.mark.parametrize(
+    "shape", ((2, 32, 32, 16, 16, 1), (2, 32, 32, 16, 32, 2), (3, 8, 8, 64, 64, 1), (5, 32, 32, 3, 16, 1))
+)
 def test_layers_of_the_networks(shape, algorithm, device, rng):
     """The real sizes, which run through every tile and chunk, against float64."""
     N, H, W, C, K, stride = shape

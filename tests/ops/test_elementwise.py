@@ -4,10 +4,10 @@ import warnings
 
 import numpy as np
 import pytest
+from cases import BROADCASTS, SHAPES
+from op_case import DEVICES, Case, away_from_zero, checks_of, normal, positive
 
 import tinyres
-from cases import BROADCASTS, SHAPES
-from op_case import DEVICES, Case, away_from_zero, normal, positive, checks_of
 from tinyres import ops
 
 UNARY = {
@@ -53,7 +53,9 @@ test_cases = checks_of(CASES)
 @pytest.mark.parametrize("dtype", (np.float32, np.float64))
 def test_special_values(device, dtype):
     """Infinities, NaN, zeros of both signs and numbers near the ends of the range, without a warning."""
-    special = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0, 80.0, -80.0, 1000.0, -1000.0, 1e30, 1e-30], dtype)
+    special = np.array(
+        [np.nan, np.inf, -np.inf, 0.0, -0.0, 1.0, -1.0, 80.0, -80.0, 1000.0, -1000.0, 1e30, 1e-30], dtype
+    )
     x = tinyres.tensor(special, device=device)
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("error")
@@ -78,7 +80,9 @@ def test_special_values(device, dtype):
     for name in pairs:
         np.testing.assert_allclose(binary[name], pairs[name], rtol=1e-5, err_msg=name)
     assert np.isnan(sigmoid[0])
-    np.testing.assert_allclose(sigmoid[1:9], [1, 0, 0.5, 0.5, 0.731058578630, 0.26894142137, 1, 0], rtol=1e-6, atol=1e-30)
+    np.testing.assert_allclose(
+        sigmoid[1:9], [1, 0, 0.5, 0.5, 0.731058578630, 0.26894142137, 1, 0], rtol=1e-6, atol=1e-30
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -122,6 +126,8 @@ def test_operators_take_numbers_and_arrays(device, rng):
 @pytest.mark.parametrize("name", ("add", "sub", "mul", "maximum", "add_relu"))
 def test_integers_are_exact(name, dtype, device, rng):
     a, b = rng.integers(-9, 10, (2, 7, 19)).astype(dtype)
-    want = {"add": a + b, "sub": a - b, "mul": a * b, "maximum": np.maximum(a, b), "add_relu": np.maximum(a + b, 0)}[name]
+    want = {"add": a + b, "sub": a - b, "mul": a * b, "maximum": np.maximum(a, b), "add_relu": np.maximum(a + b, 0)}[
+        name
+    ]
     got = getattr(ops, name)(tinyres.tensor(a, device=device), tinyres.tensor(b, device=device)).numpy()
     assert np.array_equal(got, want)

@@ -5,9 +5,9 @@ import re
 
 import numpy as np
 import pytest
+from op_case import DEVICES
 
 import tinyres
-from op_case import DEVICES
 from tinyres import nn, ops
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, TinyresError
 
@@ -213,7 +213,7 @@ def _calls():
     weights = [nn.Parameter(np.ones(3))]
     return {
         "tensor": (tinyres.tensor, {"array": np.ones(2), "requires_grad": True, "dtype": np.float32, "device": "cpu"}),
-        "backward": (lambda **kw: (tensor(2, 3) * 2).backward(**kw), {"gradient": np.ones((2, 3)), "retain_graph": True}),
+        "backward": (lambda **to: (x * 2).backward(**to), {"gradient": np.ones((2, 3)), "retain_graph": True}),
         "grad": (tinyres.grad, {"ys": x * 2, "xs": x, "gradients": [np.ones((2, 3))]}),
         "register_hook": (tensor(2).register_hook, {"hook": 1}),
         "manual_seed": (tinyres.manual_seed, {"seed": 1}),
@@ -221,10 +221,13 @@ def _calls():
         "options conv": (tinyres.options, {"conv": "auto"}),
         "options threads": (tinyres.options, {"threads": 1}),
         "fuse": (tinyres.fuse, {"model": 1}),
-        "SGD": (tinyres.optim.SGD, {"params": weights, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}),
+        "SGD": (tinyres.optim.SGD, {"params": weights, "lr": 1, "momentum": 0.9, "weight_decay": 0, "nesterov": True}),
         "cifar_resnet": (tinyres.models.cifar_resnet, {"depth": 8, "shortcut": "A", "plain": False, "num_classes": 3}),
         "summary": (lambda **kw: tinyres.summary(nn.Linear(3, 2), show=False, **kw), {"input_shape": (1, 3)}),
-        "Conv2d": (nn.Conv2d, {"in_channels": 3, "out_channels": 4, "window": 3, "stride": 1, "padding": 1, "bias": True}),
+        "Conv2d": (
+            nn.Conv2d,
+            {"in_channels": 3, "out_channels": 4, "window": 3, "stride": 1, "padding": 1, "bias": False},
+        ),
         "Linear": (nn.Linear, {"in_features": 3, "out_features": 4, "bias": True}),
         "BatchNorm2d": (nn.BatchNorm2d, {"channels": 3, "momentum": 0.1, "eps": 1e-5}),
         "MaxPool2d": (nn.MaxPool2d, {"window": 2, "stride": 2, "padding": 0}),

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from cases import MATMUL_BATCHES, MATMULS
+from op_case import DEVICES, Case, checks_of, normal
 
 import tinyres
-from cases import MATMUL_BATCHES, MATMULS
-from op_case import DEVICES, Case, normal, checks_of
 from tinyres import ops
 
 CASES = [
@@ -13,7 +13,10 @@ CASES = [
         Case(f"matmul, {reason}", ops.matmul, normal(M, K), normal(K, N), reduction=max(M, K, N))
         for reason, (M, K, N) in MATMULS.items()
     ),
-    *(Case(f"matmul, {reason}", ops.matmul, normal(*a), normal(*b), reduction=20) for reason, (a, b) in MATMUL_BATCHES.items()),
+    *(
+        Case(f"matmul, {reason}", ops.matmul, normal(*a), normal(*b), reduction=20)
+        for reason, (a, b) in MATMUL_BATCHES.items()
+    ),
     *(
         Case(f"linear, {reason}", ops.linear, normal(M, K), normal(K, N), normal(N), reduction=max(M, K, N))
         for reason, (M, K, N) in MATMULS.items()

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-
-import tinyres
 from cases import SHAPES
 from op_case import DEVICES, Case, away_from_zero, checks_of
+
+import tinyres
 from tinyres import ops
 
 
@@ -18,7 +18,12 @@ CASES = [
     *(Case(reason, ops.add_relu, away_from_zero(*shape), _smaller(*shape)) for reason, shape in SHAPES.items()),
     Case("a tensor and itself", lambda x: ops.add_relu(x, x), away_from_zero(3, 5)),
     Case("identity shortcut", lambda x: ops.add_relu(x * 0.5, x), away_from_zero(3, 5)),
-    Case("more elements than one chunk of a thread", lambda a, b: ops.add_relu(a, b) * 2, away_from_zero(70, 1009), _smaller(70, 1009)),
+    Case(
+        "more elements than one chunk of a thread",
+        lambda a, b: ops.add_relu(a, b) * 2,
+        away_from_zero(70, 1009),
+        _smaller(70, 1009),
+    ),
 ]
 
 test_cases = checks_of(CASES)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from op_case import DEVICES, Case, checks_of, normal
 
 import tinyres
-from op_case import DEVICES, Case, normal, checks_of
 from tinyres import ops
 
 INDICES = {
@@ -30,7 +30,10 @@ CASES = [
     Case("transpose, negative axes", lambda x: ops.transpose(x, (-1, 0, 1)), normal(2, 3, 5)),
     Case("flatten", ops.flatten, normal(2, 3, 2, 2)),
     Case("flatten from 0", lambda x: ops.flatten(x, 0), normal(2, 3)),
-    *(Case(f"getitem, {reason}", lambda x, i=index: ops.getitem(x, i), normal(4, 5, 3)) for reason, index in INDICES.items()),
+    *(
+        Case(f"getitem, {reason}", lambda x, i=index: ops.getitem(x, i), normal(4, 5, 3))
+        for reason, index in INDICES.items()
+    ),
     Case("pad", lambda x: ops.pad(x, ((1, 2), (0, 3))), normal(3, 5)),
     Case("pad with a value", lambda x: ops.pad(x, ((0, 0), (2, 1)), value=-1.5), normal(2, 3)),
     Case("pad with nothing", lambda x: ops.pad(x, ((0, 0), (0, 0))), normal(2, 3)),

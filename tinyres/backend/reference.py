@@ -45,8 +45,8 @@ def maximum(a, b):
 
 
 def maximum_backward(dy, a, b):
-    share = ((a > b) + 0.5 * (a == b)).astype(dy.dtype)
-    return dy * share, dy * (1 - share)
+    tie = 0.5 * (a == b)
+    return dy * ((a > b) + tie).astype(dy.dtype), dy * ((b > a) + tie).astype(dy.dtype)
 
 
 def accumulate(total, x):

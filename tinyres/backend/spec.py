@@ -19,7 +19,7 @@ MANDATORY = {
     "pow": "(a, b) -> a ** b",
     "maximum": "(a, b) -> the larger; NaN where either is NaN",
     "pow_backward": "(dy, a, b, y) -> da, db, in dy's shape; a, b, y broadcast to it. db is 0 where a is 0",
-    "maximum_backward": "(dy, a, b) -> da, db, in dy's shape; a tie gives each half",
+    "maximum_backward": "(dy, a, b) -> da, db, in dy's shape; a tie gives each half, NaN neither",
     "accumulate": "(total, x) -> total, with x added to it in place; same shapes",
     "neg": "(x) -> -x",
     "exp": "(x) -> e ** x",

@@ -24,7 +24,8 @@ def cifar_resnet(depth, shortcut="A", plain=False, num_classes=10):
     depth = checks.integer(op, "depth", depth, 1)
     expect(depth >= 8 and depth % 6 == 2, op, "depth must be 6n + 2: 8, 14, 20, 26, ...", ArgumentError, depth=depth)
     plain = checks.flag(op, "plain", plain)
-    expect(isinstance(shortcut, str) and shortcut in ("A", "B", "C"), op, "the shortcut must be A, B or C", ArgumentError, shortcut=shortcut)
+    known = isinstance(shortcut, str) and shortcut in ("A", "B", "C")
+    expect(known, op, "the shortcut must be A, B or C", ArgumentError, shortcut=shortcut)
     num_classes = checks.integer(op, "num_classes", num_classes, 1)
     layers = [Conv2d(3, WIDTHS[0], 3, padding=1), BatchNorm2d(WIDTHS[0]), ReLU()]
     channels = WIDTHS[0]

@@ -70,7 +70,8 @@ def shortcut(option, in_channels, out_channels, stride):
             "C": a projection everywhere
     Raises ArgumentError for another option.
     """
-    expect(isinstance(option, str) and option in ("A", "B", "C"), "shortcut", "the shortcut must be A, B or C", ArgumentError, shortcut=option)
+    known = isinstance(option, str) and option in ("A", "B", "C")
+    expect(known, "shortcut", "the shortcut must be A, B or C", ArgumentError, shortcut=option)
     if option != "C" and stride == 1 and in_channels == out_channels:
         return None
     if option == "A":
