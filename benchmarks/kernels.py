@@ -14,8 +14,9 @@ import math
 import statistics
 import time
 
-import harness
 import numpy as np
+
+import harness
 
 SETS = 3  # sets of inputs, rotated
 TURN = 0.03  # seconds that a competitor is given at a time

@@ -18,8 +18,9 @@ import statistics
 import tempfile
 import time
 
-import harness
 import numpy as np
+
+import harness
 
 BATCHES = 8  # rotated: their activations pass through the cache in between
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
@@ -93,8 +94,9 @@ class Ours:
 class Torch:
     def __init__(self, depth, inputs, threads, compiled=False):
         import torch
-        from peers.torch_resnet import CifarResNet, load_tinyres
         from torch.nn import functional as F
+
+        from peers.torch_resnet import CifarResNet, load_tinyres
 
         torch.set_num_threads(threads)
         model = CifarResNet(depth).to(memory_format=torch.channels_last)

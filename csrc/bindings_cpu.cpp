@@ -757,7 +757,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def(
       "set_threads",
       [](int count) {
-        Call("set_threads").expect(count >= 0 && count <= 256, "threads must be between 0 (the default) and 256");
+        Call("set_threads").expect(count >= 0 && count <= 1024, "threads must be between 0 (the default) and 1024");
         set_threads(count);
       },
       "Threads for calls from this thread; 0 returns to the default");

@@ -24,7 +24,7 @@
 namespace tinyres {
 namespace {
 
-constexpr int MAX_THREADS = 256;
+constexpr int MAX_THREADS = 1024;
 constexpr i64 MAX_CHUNKS = INT32_MAX;
 
 // Long enough to bridge the Python between two kernels, short enough not to be noticed by anybody else.

@@ -54,8 +54,12 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--depth", type=int, default=20, help="6n + 2 layers: 20, 32, 44, 56, 110, 1202 (20)")
-    add("--dataset", choices=("auto", "cifar10", "cifar100", "shapes10"), default="auto",
-        help="auto: CIFAR-10 where it is found, else the built-in shapes10")  # fmt: skip
+    add(
+        "--dataset",
+        choices=("auto", "cifar10", "cifar100", "shapes10"),
+        default="auto",
+        help="auto: CIFAR-10 where it is found, else the built-in shapes10",
+    )
     add("--data-dir", type=Path, help="where CIFAR lies; else $TINYRES_DATA, else the user's cache folder")
     add("--download", action="store_true", help="fetch CIFAR if it is not there")
     add("--recipe", choices=("auto", "quick", "paper"), default="auto", help="auto: quick on a CPU, paper on a GPU")
@@ -105,13 +109,26 @@ def main():
     else:
         mean, scale = channel_mean, 1 / channel_std
     train_loader = data.Loader(
-        dataset.train_images, dataset.train_labels, args.batch_size, seed=args.seed,
-        mean=mean, scale=scale, augment=not args.no_augment, shuffle=True, device=device,
-    )  # fmt: skip
+        dataset.train_images,
+        dataset.train_labels,
+        args.batch_size,
+        seed=args.seed,
+        mean=mean,
+        scale=scale,
+        augment=not args.no_augment,
+        shuffle=True,
+        device=device,
+    )
     test_loader = data.Loader(
-        dataset.test_images, dataset.test_labels, args.batch_size,
-        mean=mean, scale=scale, augment=False, shuffle=False, device=device,
-    )  # fmt: skip
+        dataset.test_images,
+        dataset.test_labels,
+        args.batch_size,
+        mean=mean,
+        scale=scale,
+        augment=False,
+        shuffle=False,
+        device=device,
+    )
 
     # Length: whichever limit comes first; the recipe's own where none is given
     steps_per_epoch = train_loader.steps_per_epoch
@@ -127,8 +144,12 @@ def main():
     model = models.cifar_resnet(args.depth, args.shortcut, args.plain, len(dataset.classes))
     model = tinyres.fuse(model)  # BN, ReLU and additions in one kernel each; same parameters, same names
     optimizer = optim.SGD(
-        model.parameters(), lr, recipe["momentum"], recipe["weight_decay"], recipe["nesterov"],
-    )  # fmt: skip
+        model.parameters(),
+        lr,
+        recipe["momentum"],
+        recipe["weight_decay"],
+        recipe["nesterov"],
+    )
     if recipe_name == "paper":
         schedule = schedules.step_decay(lr, MILESTONES, 0.1)
     else:
@@ -141,17 +162,29 @@ def main():
     out = args.out or Path("runs") / f"{model_name}-{dataset.name}-{recipe_name}-seed{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
     settings = {
-        "model": model_name, "dataset": dataset.name, "train_images": len(dataset.train_images),
-        "recipe": recipe_name, "lr": lr, "momentum": recipe["momentum"], "nesterov": recipe["nesterov"],
-        "weight_decay": recipe["weight_decay"], "batch_size": args.batch_size, "augment": not args.no_augment,
-        "seed": args.seed, "schedule_steps": total if recipe_name == "quick" else None,
-    }  # fmt: skip
+        "model": model_name,
+        "dataset": dataset.name,
+        "train_images": len(dataset.train_images),
+        "recipe": recipe_name,
+        "lr": lr,
+        "momentum": recipe["momentum"],
+        "nesterov": recipe["nesterov"],
+        "weight_decay": recipe["weight_decay"],
+        "batch_size": args.batch_size,
+        "augment": not args.no_augment,
+        "seed": args.seed,
+        "schedule_steps": total if recipe_name == "quick" else None,
+    }
     config = {
-        **settings, "total_steps": total, "steps_per_epoch": steps_per_epoch, "device": device,
+        **settings,
+        "total_steps": total,
+        "steps_per_epoch": steps_per_epoch,
+        "device": device,
         "parameters": sum(parameter.size for parameter in model.parameters()),
-        "options": tinyres.options.current(), "environment": environment(),
+        "options": tinyres.options.current(),
+        "environment": environment(),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-    }  # fmt: skip
+    }
     kernels = {"device": device, "isa": config["environment"]["isa"], "conv": config["options"]["conv"]}
 
     # Go on from the checkpoint, or start afresh
@@ -180,9 +213,18 @@ def main():
 
     def save_checkpoint():
         tinyres.save(
-            checkpoint, settings=settings, kernels=kernels, step=step, seconds=seconds, model=model,
-            optimizer=optimizer, running=running, random=random.state(), warm_up=warm_up, recent_error=recent_error,
-        )  # fmt: skip
+            checkpoint,
+            settings=settings,
+            kernels=kernels,
+            step=step,
+            seconds=seconds,
+            model=model,
+            optimizer=optimizer,
+            running=running,
+            random=random.state(),
+            warm_up=warm_up,
+            recent_error=recent_error,
+        )
 
     print(f"{model_name}, {config['parameters']:,} parameters; {recipe_name}, {total:,} steps on {device}; {out}/")
     model.train()
@@ -211,10 +253,16 @@ def main():
                 test_loss, test_error = evaluate(model, test_loader)
                 seconds += time.perf_counter() - began
                 metrics.write(
-                    step=step, epoch=step / steps_per_epoch, lr=optimizer.lr,
-                    train_loss=running.loss, train_error=running.error, test_loss=test_loss, test_error=test_error,
-                    images_per_second=round(running.images_per_second, 1), seconds=round(seconds, 2),
-                )  # fmt: skip
+                    step=step,
+                    epoch=step / steps_per_epoch,
+                    lr=optimizer.lr,
+                    train_loss=running.loss,
+                    train_error=running.error,
+                    test_loss=test_loss,
+                    test_error=test_error,
+                    images_per_second=round(running.images_per_second, 1),
+                    seconds=round(seconds, 2),
+                )
                 progress.line(
                     f"epoch {step / steps_per_epoch:.4g}: train loss {running.loss:.4f}, error {running.error:.2f} %, "
                     f"test error {test_error:.2f} %, {running.images_per_second:.0f} images/s"

@@ -5,13 +5,13 @@ import os
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
-from op_case import ABSENT, DEVICES
 
 import tinyres
+from op_case import ABSENT, DEVICES
+from tinyres import _cpu
 
 settings.register_profile("ci", deadline=None, derandomize=True, max_examples=60, database=None)
 settings.register_profile("sanitize", settings.get_profile("ci"), max_examples=10)
-settings.register_profile("sanitize", deadline=None, derandomize=True, max_examples=15, database=None)
 settings.register_profile(
     "soak", deadline=None, max_examples=5000, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
@@ -20,7 +20,7 @@ settings.load_profile(os.environ.get("TINYRES_HYPOTHESIS", "ci"))
 
 def pytest_report_header():
     absent = f"{len(ABSENT)} absent ({', '.join(ABSENT)})" if ABSENT else "none absent"
-    return f"tinyres: devices {', '.join(DEVICES)}; {absent}; CPU kernels {tinyres.backend.cpu.isa()}"
+    return f"tinyres: devices {', '.join(DEVICES)}; {absent}; CPU kernels {_cpu.isa()}"
 
 
 @pytest.fixture(autouse=True)

@@ -266,8 +266,11 @@ def test_function_mistakes_are_named():
         def backward(self, dy):
             return self.give
 
-    for give, rule in ((np.ones(3), "shape and dtype"), (np.ones(2, np.float32), "shape and dtype"),
-                       ((None, None), "for each input")):  # fmt: skip
+    for give, rule in (
+        (np.ones(3), "shape and dtype"),
+        (np.ones(2, np.float32), "shape and dtype"),
+        ((None, None), "for each input"),
+    ):
         with pytest.raises(GraphError, match=rule):
             Wrong.apply(leaf([1.0, 2.0]), give=give).sum().backward()
     with pytest.raises(DtypeError, match="must be Tensors"):
@@ -302,8 +305,19 @@ def test_tensor_of_lists_numbers_and_arrays():
     assert tinyres.tensor([1, 2], requires_grad=True, dtype="float32").requires_grad
 
 
-@pytest.mark.parametrize("data", [[1, 2], ["a"], [object()], [[1.0], [1.0, 2.0]], np.ones(2, np.float16), np.ones(2, complex),
-                                  np.array(["2020-01-01"], "M8[D]"), {"a": 1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        [1, 2],
+        ["a"],
+        [object()],
+        [[1.0], [1.0, 2.0]],
+        np.ones(2, np.float16),
+        np.ones(2, complex),
+        np.array(["2020-01-01"], "M8[D]"),
+        {"a": 1},
+    ],
+)
 def test_tensor_refuses(data):
     with pytest.raises((DtypeError, ShapeError)):
         tinyres.tensor(data, requires_grad=True)

@@ -75,10 +75,17 @@ def test_model_and_optimizer_by_their_state_dict(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "items", [{"x": object()}, {"x": {1: 2}}, {"x": {"y": {3.0}}}, {"x": np.array("text")},
-              {"x": np.array([None])}, {"__metadata__": np.ones(2)},
-              {"\ud800": np.ones(2)}]
-)  # fmt: skip
+    "items",
+    [
+        {"x": object()},
+        {"x": {1: 2}},
+        {"x": {"y": {3.0}}},
+        {"x": np.array("text")},
+        {"x": np.array([None])},
+        {"__metadata__": np.ones(2)},
+        {"\ud800": np.ones(2)},
+    ],
+)
 def test_what_cannot_be_stored(tmp_path, items):
     with pytest.raises(CheckpointError, match="save"):
         tinyres.save(tmp_path / "c", **items)

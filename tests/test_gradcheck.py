@@ -4,9 +4,9 @@ import re
 
 import numpy as np
 import pytest
-from op_case import DEVICES
 
 import tinyres
+from op_case import DEVICES
 from tinyres import nn, ops
 from tinyres.errors import ArgumentError, DtypeError, GradcheckError, TinyresError
 

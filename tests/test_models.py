@@ -9,7 +9,13 @@ from tinyres import models, ops
 from tinyres.errors import ArgumentError, DtypeError
 
 # Parameters (batch norm's scale and shift counted, no convolution bias) and multiply-adds in millions.
-SIZES = {20: (269_722, 40.55), 32: (464_154, 68.86), 44: (658_586, 97.17), 56: (853_018, 125.5), 110: (1_727_962, 252.9)}
+SIZES = {
+    20: (269_722, 40.55),
+    32: (464_154, 68.86),
+    44: (658_586, 97.17),
+    56: (853_018, 125.5),
+    110: (1_727_962, 252.9),
+}
 
 
 @pytest.mark.parametrize("depth", SIZES)
@@ -29,8 +35,10 @@ def test_sizes_of_the_variants():
     assert size(plain=True) == 269_722
 
 
-@pytest.mark.parametrize("arguments", [{"depth": 21}, {"depth": 2}, {"depth": -4}, {"depth": 20, "shortcut": "D"},
-                                       {"depth": 20, "num_classes": 0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [{"depth": 21}, {"depth": 2}, {"depth": -4}, {"depth": 20, "shortcut": "D"}, {"depth": 20, "num_classes": 0}],
+)
 def test_impossible_networks(arguments):
     with pytest.raises(ArgumentError):
         models.cifar_resnet(**arguments)

@@ -14,8 +14,13 @@ def images(*shape, dtype=np.float32, seed=0):
 
 
 def unit(channels=4):
-    return nn.Residual(nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU(),
-                       nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels))  # fmt: skip
+    return nn.Residual(
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.BatchNorm2d(channels),
+    )
 
 
 # Module -------------------------------------------------------------------------------------------------------
@@ -97,7 +102,9 @@ def test_state_dict_round_trip_and_report():
 
 def test_to_dtype_and_device():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).to(dtype=np.float64)
-    assert all(p.dtype == np.float64 for p in model.parameters()) and all(b.dtype == np.float64 for b in model.buffers())
+    assert all(p.dtype == np.float64 for p in model.parameters()) and all(
+        b.dtype == np.float64 for b in model.buffers()
+    )
     assert model(images(2, 5, 5, 2, dtype=np.float64)).dtype == np.float64
     model.to("reference")
     x = tinyres.tensor(np.ones((2, 5, 5, 2)), device="reference")
@@ -148,11 +155,22 @@ def test_layers_call_their_ops():
     assert norm.eval()(x).shape == x.shape
 
 
-@pytest.mark.parametrize("make", [
-    lambda: nn.Conv2d(0, 1, 3), lambda: nn.Conv2d(1, 1.5, 3), lambda: nn.Conv2d(1, 1, 0), lambda: nn.Conv2d(1, 1, 3, stride=0),
-    lambda: nn.Conv2d(1, 1, 3, padding=-1), lambda: nn.Conv2d(1, 1, (1, 2, 3)), lambda: nn.Linear(1, 0),
-    lambda: nn.BatchNorm2d(0), lambda: nn.BatchNorm2d(3, momentum=2), lambda: nn.Dropout(1.0), lambda: nn.MaxPool2d("a"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(0, 1, 3),
+        lambda: nn.Conv2d(1, 1.5, 3),
+        lambda: nn.Conv2d(1, 1, 0),
+        lambda: nn.Conv2d(1, 1, 3, stride=0),
+        lambda: nn.Conv2d(1, 1, 3, padding=-1),
+        lambda: nn.Conv2d(1, 1, (1, 2, 3)),
+        lambda: nn.Linear(1, 0),
+        lambda: nn.BatchNorm2d(0),
+        lambda: nn.BatchNorm2d(3, momentum=2),
+        lambda: nn.Dropout(1.0),
+        lambda: nn.MaxPool2d("a"),
+    ],
+)
 def test_layers_refuse(make):
     with pytest.raises((ArgumentError, DtypeError)):
         make()
@@ -277,7 +295,9 @@ def test_fuse_leaves_joins_and_other_activations():
 
 
 def test_summary(capsys):
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=True), nn.BatchNorm2d(4), nn.GlobalAvgPool2d(), nn.Linear(4, 2))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=True), nn.BatchNorm2d(4), nn.GlobalAvgPool2d(), nn.Linear(4, 2)
+    )
     before = model.state_dict()
     result = tinyres.summary(model, (2, 8, 8, 3))
     assert result.parameters == 3 * 3 * 3 * 4 + 4 + 8 + 10

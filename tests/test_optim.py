@@ -11,13 +11,17 @@ from tinyres.optim import SGD, schedules
 
 def parameters(device, dtype=np.float64):
     rng = np.random.default_rng(0)
-    return [tinyres.tensor(rng.standard_normal(s).astype(dtype), requires_grad=True, device=device)
-            for s in ((3, 5), (1,), (7, 1, 33), ())]  # fmt: skip
+    return [
+        tinyres.tensor(rng.standard_normal(s).astype(dtype), requires_grad=True, device=device)
+        for s in ((3, 5), (1,), (7, 1, 33), ())
+    ]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", (np.float32, np.float64))
-@pytest.mark.parametrize(("momentum", "decay", "nesterov"), [(0, 0, False), (0, 0.1, False), (0.9, 0.1, False), (0.9, 0.1, True)])
+@pytest.mark.parametrize(
+    ("momentum", "decay", "nesterov"), [(0, 0, False), (0, 0.1, False), (0.9, 0.1, False), (0.9, 0.1, True)]
+)
 def test_formula(device, dtype, momentum, decay, nesterov):
     ps = parameters(device, dtype)
     optimizer = SGD(ps, 0.1, momentum, decay, nesterov)
@@ -107,8 +111,17 @@ def test_state_must_fit():
             optimizer.load_state_dict(bad)
 
 
-@pytest.mark.parametrize("arguments", [{"lr": -1}, {"lr": float("nan")}, {"lr": "fast"}, {"lr": 0.1, "momentum": 1},
-                                       {"lr": 0.1, "weight_decay": -1}, {"lr": 0.1, "nesterov": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"lr": -1},
+        {"lr": float("nan")},
+        {"lr": "fast"},
+        {"lr": 0.1, "momentum": 1},
+        {"lr": 0.1, "weight_decay": -1},
+        {"lr": 0.1, "nesterov": True},
+    ],
+)
 def test_settings_are_checked(arguments):
     with pytest.raises(ArgumentError):
         SGD(parameters("cpu"), **arguments)

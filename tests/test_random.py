@@ -35,8 +35,12 @@ def test_distributions():
 
 
 def test_streams_draws_and_seeds_differ():
-    first = {(seed, name, draw): tuple(random.Stream(seed, name).bits(draw, 4))
-             for seed in (0, 1, 2**63) for name in random.STREAMS for draw in (0, 1)}  # fmt: skip
+    first = {
+        (seed, name, draw): tuple(random.Stream(seed, name).bits(draw, 4))
+        for seed in (0, 1, 2**63)
+        for name in random.STREAMS
+        for draw in (0, 1)
+    }
     assert len(set(first.values())) == len(first)
 
 

@@ -165,8 +165,14 @@ def test_a_diverging_run_names_step_and_layer(run, tmp_path):
 
 
 def test_bad_settings_are_one_line(run, tmp_path):
-    for arguments in (["--depth", "21"], ["--iterations", "0"], ["--batch-size", "0"], ["--threads", "0"],
-                      ["--lr", "nan"], ["--seed", "-1"]):  # fmt: skip
+    for arguments in (
+        ["--depth", "21"],
+        ["--iterations", "0"],
+        ["--batch-size", "0"],
+        ["--threads", "0"],
+        ["--lr", "nan"],
+        ["--seed", "-1"],
+    ):
         printed = run(tmp_path / "run", *arguments, status=1)
         assert printed.splitlines()[-1].startswith("error: [") and "Traceback" not in printed, printed
 

@@ -1,11 +1,11 @@
 """tinyres: a small deep-learning engine with hand-written kernels, made to be read.
 
-    import tinyres
-    from tinyres import nn
+import tinyres
+from tinyres import nn
 
-    model = tinyres.models.cifar_resnet(20)
-    loss = tinyres.ops.cross_entropy(model(tinyres.tensor(images)), labels)
-    loss.backward()
+model = tinyres.models.cifar_resnet(20)
+loss = tinyres.ops.cross_entropy(model(tinyres.tensor(images)), labels)
+loss.backward()
 """
 
 from tinyres import backend, models, nn, ops, optim

@@ -65,8 +65,13 @@ class Tensor:
         if not self.device.owns(array):
             expect(not isinstance(array, Tensor), "Tensor.data", "needs an array", DtypeError, data=array)
             array = self.device.asarray(array)
-        expect(not self.requires_grad or array.dtype in FLOATS, "Tensor.data",
-               "a tensor with a gradient is float32 or float64", DtypeError, dtype=array.dtype)  # fmt: skip
+        expect(
+            not self.requires_grad or array.dtype in FLOATS,
+            "Tensor.data",
+            "a tensor with a gradient is float32 or float64",
+            DtypeError,
+            dtype=array.dtype,
+        )
         if array.shape != self._data.shape or array.dtype != self._data.dtype:
             self.grad = None  # the gradient of what is gone
         self._data = array
@@ -163,8 +168,13 @@ def tensor(array, requires_grad=False, dtype=None, device=None):
     """
     op = "tensor"
     device = backend.get(device)
-    expect(isinstance(requires_grad, (bool, np.bool_)), op, "requires_grad must be True or False", DtypeError,
-           requires_grad=type(requires_grad).__name__)  # fmt: skip
+    expect(
+        isinstance(requires_grad, (bool, np.bool_)),
+        op,
+        "requires_grad must be True or False",
+        DtypeError,
+        requires_grad=type(requires_grad).__name__,
+    )
     if isinstance(array, Tensor):
         array = array.data
     try:
@@ -180,8 +190,14 @@ def tensor(array, requires_grad=False, dtype=None, device=None):
         raise DtypeError(f"[{op}] dtype must name a type; got dtype {dtype!r}") from None
     kinds = "f" if requires_grad else "fiub"
     valid = array.dtype.kind in "fiub" and dtype.kind in kinds and (dtype.kind != "f" or dtype in FLOATS)
-    expect(valid, op, "data must be float32 or float64" + ("" if requires_grad else ", integer or bool"), DtypeError,
-           array=array.dtype, dtype=dtype)  # fmt: skip
+    expect(
+        valid,
+        op,
+        "data must be float32 or float64" + ("" if requires_grad else ", integer or bool"),
+        DtypeError,
+        array=array.dtype,
+        dtype=dtype,
+    )
     expect(array.ndim <= 16, op, "at most 16 axes", shape=array.shape)
     return Tensor(device.asarray(array, dtype), bool(requires_grad), device)
 
@@ -227,8 +243,13 @@ class Function:
                 if not isinstance(x, Tensor):
                     raise DtypeError(f"[{cls.__name__}] inputs must be Tensors or None; got {type(x).__name__}")
                 if x.device is not device:
-                    expect(device is None, cls.__name__, "tensors must be on one device", DeviceError,
-                           devices=(device, x.device))  # fmt: skip
+                    expect(
+                        device is None,
+                        cls.__name__,
+                        "tensors must be on one device",
+                        DeviceError,
+                        devices=(device, x.device),
+                    )
                     device = x.device
                 needs_grad = needs_grad or x.requires_grad
         expect(device is not None, cls.__name__, "at least one input must be a Tensor", DtypeError)
@@ -273,10 +294,16 @@ def grad(ys, xs, gradients=None, retain_graph=False):
     for t in (*ys, *xs):
         expect(isinstance(t, Tensor), "grad", "ys and xs must be Tensors", DtypeError, got=type(t).__name__)
     gradients = [None] * len(ys) if gradients is None else gradients
-    expect(isinstance(gradients, (list, tuple)), "grad", "gradients must be a list", DtypeError,
-           gradients=type(gradients).__name__)  # fmt: skip
-    expect(len(gradients) == len(ys), "grad", "gradients must be one for each of ys", gradients=len(gradients),
-           ys=len(ys))  # fmt: skip
+    expect(
+        isinstance(gradients, (list, tuple)),
+        "grad",
+        "gradients must be a list",
+        DtypeError,
+        gradients=type(gradients).__name__,
+    )
+    expect(
+        len(gradients) == len(ys), "grad", "gradients must be one for each of ys", gradients=len(gradients), ys=len(ys)
+    )
     wanted = {(id(x._node or x), x._slot): None for x in xs}
     _sweep("grad", ys, gradients, retain_graph, wanted)
     found = [wanted[id(x._node or x), x._slot] for x in xs]
@@ -293,8 +320,13 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
 
     wanted  None to add to every leaf's `grad`; else a dict by (id of node or leaf, slot) that receives gradients
     """
-    expect(isinstance(retain_graph, bool), op, "retain_graph must be True or False", DtypeError,
-           retain_graph=type(retain_graph).__name__)  # fmt: skip
+    expect(
+        isinstance(retain_graph, bool),
+        op,
+        "retain_graph must be True or False",
+        DtypeError,
+        retain_graph=type(retain_graph).__name__,
+    )
     arrived = {}  # (node or leaf) -> slot -> (gradient so far, whether the array is ours to add to)
     heap = []
     for y, gradient in zip(ys, gradients, strict=True):
@@ -302,18 +334,34 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
         _deliver(arrived, heap, (y._node or y, y._slot), seed, False, y.device.kernels)
     while heap:
         node = heapq.heappop(heap)[1]
-        expect(not node.swept, op, "the graph was swept already (retain_graph=True keeps it for another sweep)",
-               GraphError, node=type(node).__name__)  # fmt: skip
+        expect(
+            not node.swept,
+            op,
+            "the graph was swept already (retain_graph=True keeps it for another sweep)",
+            GraphError,
+            node=type(node).__name__,
+        )
         dxs = node.backward(*_output_gradients(node, arrived.pop(node), wanted))
         if not isinstance(dxs, tuple):
             dxs = (dxs,)
-        expect(len(dxs) == len(node.parents), type(node).__name__, "backward must return a gradient for each input",
-               GraphError, inputs=len(node.parents), gradients=len(dxs))  # fmt: skip
+        expect(
+            len(dxs) == len(node.parents),
+            type(node).__name__,
+            "backward must return a gradient for each input",
+            GraphError,
+            inputs=len(node.parents),
+            gradients=len(dxs),
+        )
         for parent, dx, spec in zip(node.parents, dxs, node.input_specs, strict=True):
             if parent is not None and dx is not None:
-                expect((dx.shape, dx.dtype) == spec, type(node).__name__,
-                       "a gradient must have its input's shape and dtype", GraphError, gradient=(dx.shape, dx.dtype),
-                       input=spec)  # fmt: skip
+                expect(
+                    (dx.shape, dx.dtype) == spec,
+                    type(node).__name__,
+                    "a gradient must have its input's shape and dtype",
+                    GraphError,
+                    gradient=(dx.shape, dx.dtype),
+                    input=spec,
+                )
                 _deliver(arrived, heap, parent, dx, node.fresh_gradients, node.kernels)
         if not retain_graph:
             node.saved, node.swept = None, True
@@ -332,8 +380,13 @@ def _seed_gradient(op, y, gradient):
     except ValueError as error:
         raise ShapeError(f"[{op}] the gradient must be an array ({error})") from None
     expect(gradient.dtype.kind in "fiu", op, "the gradient must be real numbers", DtypeError, gradient=gradient.dtype)
-    expect(gradient.shape in (y.shape, ()), op, "the gradient must have the tensor's shape", gradient=gradient.shape,
-           tensor=y.shape)  # fmt: skip
+    expect(
+        gradient.shape in (y.shape, ()),
+        op,
+        "the gradient must have the tensor's shape",
+        gradient=gradient.shape,
+        tensor=y.shape,
+    )
     return y.device.kernels.broadcast_to(gradient.astype(y.dtype), y.shape)
 
 
@@ -381,8 +434,13 @@ def _finish_leaf(op, leaf, gradient, owned, wanted):
     elif leaf.grad is None:
         leaf.grad = gradient if owned else kernels.broadcast_to(gradient, gradient.shape)
     else:
-        expect(leaf.grad.shape == gradient.shape, op, "grad must have the gradient's shape to be added to",
-               grad=leaf.grad.shape, gradient=gradient.shape)  # fmt: skip
+        expect(
+            leaf.grad.shape == gradient.shape,
+            op,
+            "grad must have the gradient's shape to be added to",
+            grad=leaf.grad.shape,
+            gradient=gradient.shape,
+        )
         leaf.grad = kernels.add(leaf.grad, gradient)
 
 
@@ -390,8 +448,12 @@ def _run_hooks(hooks, gradient):
     for hook in list(hooks.values()) if hooks else ():
         changed = hook(gradient)
         if changed is not None:
-            expect(getattr(changed, "shape", None) == gradient.shape and changed.dtype == gradient.dtype, "hook",
-                   "a hook must return None or an array of the gradient's shape and dtype", GraphError,
-                   gradient=(gradient.shape, gradient.dtype))  # fmt: skip
+            expect(
+                getattr(changed, "shape", None) == gradient.shape and changed.dtype == gradient.dtype,
+                "hook",
+                "a hook must return None or an array of the gradient's shape and dtype",
+                GraphError,
+                gradient=(gradient.shape, gradient.dtype),
+            )
             gradient = changed
     return gradient

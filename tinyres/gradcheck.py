@@ -60,10 +60,11 @@ def gradcheck(
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     _validate(
-        fn, inputs,
+        fn,
+        inputs,
         real={"eps": eps, "atol": atol, "rtol": rtol},
         whole={"seed": seed, "max_full": max_full, "projections": projections, "max_redraws": max_redraws},
-    )  # fmt: skip
+    )
     check = _Check(fn, tuple(inputs), eps, atol, rtol, seed, max_full, projections)
     kept = [x.data for x in inputs]
     start = [check.host(x) for x in inputs]

@@ -29,21 +29,28 @@ class SGD:
         self.nesterov = checks.flag("SGD", "nesterov", nesterov)
         expect(not nesterov or self.momentum > 0, "SGD", "nesterov needs momentum", ArgumentError, momentum=momentum)
         iterable = isinstance(params, Iterable) and not isinstance(params, (Tensor, np.ndarray, str))
-        expect(iterable, "SGD", "params must be an iterable of Parameters", DtypeError,
-               params=type(params).__name__)  # fmt: skip
+        expect(iterable, "SGD", "params must be an iterable of Parameters", DtypeError, params=type(params).__name__)
         self.params, self._decays = [], []
         for group in params:
             own = isinstance(group, dict)
-            decay = _at_least_zero("weight_decay", group.get("weight_decay", weight_decay)) if own else self.weight_decay
+            decay = (
+                _at_least_zero("weight_decay", group.get("weight_decay", weight_decay)) if own else self.weight_decay
+            )
             for p in group["params"] if own else (group,):
                 leaf = isinstance(p, Tensor) and p.requires_grad and p._node is None
-                expect(leaf, "SGD", "every parameter must be a leaf Tensor that requires a gradient", DtypeError,
-                       parameter=type(p).__name__)  # fmt: skip
+                expect(
+                    leaf,
+                    "SGD",
+                    "every parameter must be a leaf Tensor that requires a gradient",
+                    DtypeError,
+                    parameter=type(p).__name__,
+                )
                 self.params.append(p)
                 self._decays.append(decay)
         expect(len(self.params) > 0, "SGD", "at least one parameter", ArgumentError)
-        expect(len({id(p) for p in self.params}) == len(self.params), "SGD", "a parameter may be given once",
-               ArgumentError)  # fmt: skip
+        expect(
+            len({id(p) for p in self.params}) == len(self.params), "SGD", "a parameter may be given once", ArgumentError
+        )
         self._velocities = [None] * len(self.params)
 
     def step(self):
@@ -54,8 +61,13 @@ class SGD:
             if p.grad is None:
                 continue
             fits = p.grad.shape == p.shape and p.grad.dtype == p.dtype
-            expect(fits, "SGD", "a gradient must have its parameter's shape and dtype", parameter=(p.shape, p.dtype),
-                   gradient=(p.grad.shape, p.grad.dtype))  # fmt: skip
+            expect(
+                fits,
+                "SGD",
+                "a gradient must have its parameter's shape and dtype",
+                parameter=(p.shape, p.dtype),
+                gradient=(p.grad.shape, p.grad.dtype),
+            )
             if not (p.data.flags.c_contiguous and p.data.flags.writeable):
                 p.data = p.data.copy()  # assigned from outside: kernels update dense arrays of our own
             if self.momentum:
@@ -68,8 +80,10 @@ class SGD:
                 [self._velocities[i] for i in indices] if self.momentum else None,
                 [kernels.contiguous(self.params[i].grad) for i in indices],
                 [self._decays[i] for i in indices],
-                lr, self.momentum, self.nesterov,
-            )  # fmt: skip
+                lr,
+                self.momentum,
+                self.nesterov,
+            )
 
     def zero_grad(self):
         """Forget all gradients."""
@@ -83,15 +97,25 @@ class SGD:
         return {**settings, "nesterov": self.nesterov, "velocity": velocity}
 
     def load_state_dict(self, state):
-        """Go on from what `state_dict` returned. Raises CheckpointError, before anything changes, if it does not fit."""
+        """Go on from what `state_dict` returned.
+
+        Raises CheckpointError, before anything changes, if it does not fit.
+        """
         names = {"lr", "momentum", "weight_decay", "nesterov", "velocity"}
-        expect(hasattr(state, "keys") and set(state) == names, "SGD.load_state_dict", f"the state must hold {sorted(names)}",
-               CheckpointError, state=sorted(state) if hasattr(state, "keys") else type(state).__name__)  # fmt: skip
+        given = sorted(state) if hasattr(state, "keys") else type(state).__name__
+        expect(given == sorted(names), "SGD.load_state_dict", f"needs {sorted(names)}", CheckpointError, state=given)
         velocities = [None] * len(self.params)
         for key, v in state["velocity"].items():
             fits = key.isdecimal() and int(key) < len(self.params) and v.shape == self.params[int(key)].shape
-            expect(fits, "SGD.load_state_dict", "each velocity must fit a parameter", CheckpointError, velocity=key,
-                   shape=v.shape, parameters=len(self.params))  # fmt: skip
+            expect(
+                fits,
+                "SGD.load_state_dict",
+                "each velocity must fit a parameter",
+                CheckpointError,
+                velocity=key,
+                shape=v.shape,
+                parameters=len(self.params),
+            )
             p = self.params[int(key)]
             velocities[int(key)] = p.device.kernels.broadcast_to(p.device.asarray(v, p.dtype), v.shape)
         self.lr, self.momentum, self.nesterov = state["lr"], state["momentum"], state["nesterov"]

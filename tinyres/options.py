@@ -30,7 +30,8 @@ class Options:
         expect(valid, "options", "threads must be None or an integer in 1 .. 1024", ArgumentError, threads=self.threads)
 
 
-_current = ContextVar("tinyres.options", default=Options())
+_DEFAULT = Options()
+_current = ContextVar("tinyres.options", default=_DEFAULT)
 
 
 def get():

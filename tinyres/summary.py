@@ -25,10 +25,17 @@ class Summary:
         table = [("layer", "kind", "output", "parameters", "multiply-adds")]
         table += [(name, kind, str(shape), f"{n:,}", f"{m:,}") for name, kind, shape, n, m in self.rows]
         widths = [max(len(row[i]) for row in table) for i in range(5)]
-        lines = ["  ".join(f"{cell:{'<' if i < 3 else '>'}{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-                 for row in table]  # fmt: skip
-        total = (f"{self.parameters:,} parameters, {self.multiply_adds:,} multiply-adds, "
-                 f"{self.activation_bytes / 2**20:.1f} MiB of layer outputs")  # fmt: skip
+        lines = [
+            "  ".join(
+                f"{cell:{'<' if i < 3 else '>'}{width}}"
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in table
+        ]
+        total = (
+            f"{self.parameters:,} parameters, {self.multiply_adds:,} multiply-adds, "
+            f"{self.activation_bytes / 2**20:.1f} MiB of layer outputs"
+        )
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "-" * len(lines[0]), total])
 
 
@@ -39,8 +46,13 @@ def summary(model, input_shape, show=True):
     Module, and whatever the model raises for an input of that shape.
     """
     expect(isinstance(model, Module), "summary", "needs a Module", DtypeError, model=type(model).__name__)
-    expect(isinstance(input_shape, (tuple, list)), "summary", "input_shape must be a tuple", ArgumentError,
-           input_shape=input_shape)  # fmt: skip
+    expect(
+        isinstance(input_shape, (tuple, list)),
+        "summary",
+        "input_shape must be a tuple",
+        ArgumentError,
+        input_shape=input_shape,
+    )
     shape = tuple([checks.integer("summary", "input_shape", n, 1) for n in input_shape])
     first = next(model.parameters(), None)
     x = Tensor(np.zeros(shape, np.float32), False, first.device) if first is not None else None

@@ -450,8 +450,8 @@ void outer_products(const WeightSums<T>& to, i64 channels, const Pixels<T>& from
 template <class T, int TAPS>
 void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
   constexpr i64 VECTORS = TAPS == 3 ? 1 : 2;
-  // A unit of work is a band of rows of one image, or several small images: some 256 pixels: enough to make
-  // the flush of the sums cheap, few enough to stay in the L1 cache while every tap passes over them.
+  // A unit of work is a band of rows of one image, or several small images. Some 256 pixels are enough to make the
+  // flush of the sums cheap, and few enough to stay in the cache while every tap and channel passes over them.
   const i64 unit_images = most(1, 256 / (s.P * s.Q)), unit_rows = most(1, least(s.P, 256 / s.Q));
   const i64 bands = ceil_div(s.P, unit_rows), units = ceil_div(s.N, unit_images) * bands;
   // A task sums one part of the units for one group of filters. Parts are added up in order at the end.
@@ -476,6 +476,7 @@ void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
       const i64 images = least(unit_images, s.N - n0);
       for (i64 n = 0; n < images; n++)
         fill_blocks(&blocks[n * image.size()], image, dy + (n0 + n) * s.P * s.Q * s.K + k0, s.P, s.Q, s.K, p0, column0);
+      // Borders are left out by ranges: the rows p, and at one tap a time the columns q, that find r, u inside x.
       for (i64 k = 0; k < filters; k += VECTORS * LANES<T>) {
         for (i64 r = 0; r < s.R; r++) {
           const Range valid = inside(s.P, r, s.stride_h, s.pad_h, s.H);

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from cases import BREAKS, CONVS, Geometry, conv_geometries, invalid_conv_geometries
 from hypothesis import given
 from hypothesis import strategies as st
-from op_case import DEVICES, Case, assert_close, checks_of, normal
 
 import tinyres
+from cases import BREAKS, CONVS, Geometry, conv_geometries, invalid_conv_geometries
+from op_case import DEVICES, Case, assert_close, checks_of, normal
 from tinyres import ops
 
 ALGORITHMS = ("naive", "direct", "auto")

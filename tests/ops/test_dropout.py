@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from op_case import DEVICES, Case, checks_of, normal
 
 import tinyres
+from op_case import DEVICES, Case, checks_of, normal
 from tinyres import ops
 
 CASES = [

@@ -4,10 +4,10 @@ import warnings
 
 import numpy as np
 import pytest
-from cases import BROADCASTS, SHAPES
-from op_case import DEVICES, Case, away_from_zero, checks_of, normal, positive
 
 import tinyres
+from cases import BROADCASTS, SHAPES
+from op_case import DEVICES, Case, away_from_zero, checks_of, normal, positive
 from tinyres import ops
 
 UNARY = {

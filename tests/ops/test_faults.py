@@ -6,9 +6,9 @@ of each of its gradients made wrong by about one percent. The gradient check mus
 
 import numpy as np
 import pytest
-from op_case import DEVICES, Case, away_from_zero, distinct, normal, positive
 
 import tinyres
+from op_case import DEVICES, Case, away_from_zero, distinct, normal, positive
 from tinyres import ops
 from tinyres.autograd import Function
 from tinyres.errors import GradcheckError

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from cases import MATMUL_BATCHES, MATMULS
-from op_case import DEVICES, Case, checks_of, normal
 
 import tinyres
+from cases import MATMUL_BATCHES, MATMULS
+from op_case import DEVICES, Case, checks_of, normal
 from tinyres import ops
 
 CASES = [

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from cases import POOLS, pool_geometries
 from hypothesis import given
 from hypothesis import strategies as st
-from op_case import DEVICES, Case, checks_of, distinct, normal
 
 import tinyres
+from cases import POOLS, pool_geometries
+from op_case import DEVICES, Case, checks_of, distinct, normal
 from tinyres import ops
 
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from cases import SHAPES
-from op_case import DEVICES, Case, away_from_zero, checks_of
 
 import tinyres
+from cases import SHAPES
+from op_case import DEVICES, Case, away_from_zero, checks_of
 from tinyres import ops
 
 

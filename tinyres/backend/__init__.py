@@ -63,9 +63,11 @@ def get(name=None):
     if not known or name not in _devices:
         expect(known, "backend", f"the device must be one of {', '.join(NAMES)}", ArgumentError, device=name)
         expect(
-            name in ("reference", "cpu"), "backend", f"{name} needs the CUDA kernels, which this version does not have",
+            name in ("reference", "cpu"),
+            "backend",
+            f"{name} needs the CUDA kernels, which this version does not have",
             DeviceError,
-        )  # fmt: skip
+        )
         _devices[name] = Device(name, _Kernels(importlib.import_module(f"tinyres.backend.{name}")), np)
     return _devices[name]
 

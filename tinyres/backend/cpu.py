@@ -211,9 +211,19 @@ def _batch_norm_forward(x, residual, relu, gamma, beta, running_mean, running_va
     y, mean, inv_std = empty(x.shape, x.dtype), empty(gamma.shape, x.dtype), empty(gamma.shape, x.dtype)
     residual = residual if residual is None else contiguous(residual)
     _cpu.batch_norm_forward(
-        y, mean, inv_std, running_mean, running_var, contiguous(x), contiguous(gamma), contiguous(beta), residual, relu,
-        momentum, eps,
-    )  # fmt: skip
+        y,
+        mean,
+        inv_std,
+        running_mean,
+        running_var,
+        contiguous(x),
+        contiguous(gamma),
+        contiguous(beta),
+        residual,
+        relu,
+        momentum,
+        eps,
+    )
     return y, mean, inv_std
 
 

@@ -313,7 +313,6 @@ def augment(images, index, top, left, flip, mean, scale):
     H, W = images.shape[1:3]
     x = (images[index].astype(np.float32) - mean) * scale
     x = np.where(flip[:, None, None, None].astype(bool), x[:, :, ::-1], x)
-    out = np.zeros_like(x)
     rows, columns = np.arange(H) + top[:, None], np.arange(W) + left[:, None]  # where each output pixel comes from
     inside = ((rows >= 0) & (rows < H))[:, :, None] & ((columns >= 0) & (columns < W))[:, None, :]
     moved = x[np.arange(len(x))[:, None, None], rows.clip(0, H - 1)[:, :, None], columns.clip(0, W - 1)[:, None, :]]

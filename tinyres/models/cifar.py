@@ -1,8 +1,8 @@
 """The CIFAR networks of He et al. 2015, section 4.2: depth 6n + 2, three stages of 2n layers.
 
-    stage          1         2         3
-    output size    32 x 32   16 x 16   8 x 8
-    filters        16        32        64
+stage          1         2         3
+output size    32 x 32   16 x 16   8 x 8
+filters        16        32        64
 """
 
 from tinyres.errors import ArgumentError, expect
@@ -40,9 +40,12 @@ def cifar_resnet(depth, shortcut="A", plain=False, num_classes=10):
 def _unit(in_channels, width, stride, option):
     """Two 3x3 convolutions; a residual unit, or plain layers where `option` is None."""
     branch = [
-        Conv2d(in_channels, width, 3, stride, padding=1), BatchNorm2d(width), ReLU(),
-        Conv2d(width, width, 3, padding=1), BatchNorm2d(width),
-    ]  # fmt: skip
+        Conv2d(in_channels, width, 3, stride, padding=1),
+        BatchNorm2d(width),
+        ReLU(),
+        Conv2d(width, width, 3, padding=1),
+        BatchNorm2d(width),
+    ]
     if option is None:
         return [*branch, ReLU()]
     return [Residual(*branch, shortcut=shortcut(option, in_channels, width, stride))]

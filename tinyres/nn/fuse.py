@@ -27,7 +27,15 @@ class BatchNormAddReLU2d(BatchNorm2d):
 
     def forward(self, x, residual):
         return ops.batch_norm_add_relu(
-            x, residual, self.gamma, self.beta, self.running_mean, self.running_var, self.training, self.momentum, self.eps
+            x,
+            residual,
+            self.gamma,
+            self.beta,
+            self.running_mean,
+            self.running_var,
+            self.training,
+            self.momentum,
+            self.eps,
         )
 
 

@@ -13,4 +13,3 @@ def he_normal(shape, fan_in):
     stream, draw = random.next_draw("init")
     n = math.prod(shape)
     return (stream.normal(draw, n) * math.sqrt(2 / fan_in)).astype(np.float32).reshape(shape)
-

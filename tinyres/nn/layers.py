@@ -20,7 +20,10 @@ class Conv2d(Module):
         in_channels = checks.integer("Conv2d", "in_channels", in_channels, 1)
         out_channels = checks.integer("Conv2d", "out_channels", out_channels, 1)
         self.window = checks.pair("Conv2d", "window", window, 1)
-        self.stride, self.padding = checks.pair("Conv2d", "stride", stride, 1), checks.pair("Conv2d", "padding", padding, 0)
+        self.stride, self.padding = (
+            checks.pair("Conv2d", "stride", stride, 1),
+            checks.pair("Conv2d", "padding", padding, 0),
+        )
         shape = (*self.window, in_channels, out_channels)
         self.weight = Parameter(init.he_normal(shape, fan_in=shape[0] * shape[1] * shape[2]))
         self.bias = Parameter(np.zeros(out_channels, np.float32)) if checks.flag("Conv2d", "bias", bias) else None
@@ -43,8 +46,10 @@ class Linear(Module):
 
     def __init__(self, in_features, out_features, bias=True):
         super().__init__()
-        shape = (checks.integer("Linear", "in_features", in_features, 1),
-                 checks.integer("Linear", "out_features", out_features, 1))  # fmt: skip
+        shape = (
+            checks.integer("Linear", "in_features", in_features, 1),
+            checks.integer("Linear", "out_features", out_features, 1),
+        )
         self.weight = Parameter(init.he_normal(shape, fan_in=shape[0]))
         self.bias = Parameter(np.zeros(shape[1], np.float32)) if checks.flag("Linear", "bias", bias) else None
 
@@ -149,5 +154,3 @@ class Dropout(Module):
 
     def extra_repr(self):
         return f"p={self.p}"
-
-

@@ -46,11 +46,21 @@ class Module:
 
     def __setattr__(self, name, value):
         tables = self.__dict__.get("_parameters"), self.__dict__.get("_buffers"), self.__dict__.get("_modules")
-        expect(tables[0] is not None, type(self).__name__, "call super().__init__() before setting attributes",
-               ArgumentError, attribute=name)  # fmt: skip
+        expect(
+            tables[0] is not None,
+            type(self).__name__,
+            "call super().__init__() before setting attributes",
+            ArgumentError,
+            attribute=name,
+        )
         held = isinstance(value, (list, tuple)) and any(isinstance(v, (Module, Parameter)) for v in value)
-        expect(not held, type(self).__name__, "modules in a list would not be trained: use Sequential", ArgumentError,
-               attribute=name)  # fmt: skip
+        expect(
+            not held,
+            type(self).__name__,
+            "modules in a list would not be trained: use Sequential",
+            ArgumentError,
+            attribute=name,
+        )
         table = tables[0] if isinstance(value, Parameter) else tables[2] if isinstance(value, Module) else None
         if table is None and name in tables[1]:
             table = tables[1]
@@ -166,14 +176,17 @@ class Module:
         Raises CheckpointError, before anything is changed, listing every name that is missing, unexpected or of
         another shape.
         """
-        expect(hasattr(state, "items"), "load_state_dict", "needs a dict of arrays", CheckpointError,
-               state=type(state).__name__)  # fmt: skip
+        expect(
+            hasattr(state, "items"),
+            "load_state_dict",
+            "needs a dict of arrays",
+            CheckpointError,
+            state=type(state).__name__,
+        )
         own = {name: parameter.data for name, parameter in self.named_parameters()} | dict(self.named_buffers())
         problems = [f"missing {name}" for name in own if name not in state]
         problems += [f"unexpected {name}" for name in state if name not in own]
-        problems += [
-            f"{name} is no array of numbers" for name in own if name in state and not _is_numeric(state[name])
-        ]
+        problems += [f"{name} is no array of numbers" for name in own if name in state and not _is_numeric(state[name])]
         problems += [
             f"{name} has shape {state[name].shape}, the model's is {array.shape}"
             for name, array in own.items()
@@ -204,8 +217,13 @@ class Sequential(Module):
     def __init__(self, *modules):
         super().__init__()
         for i, module in enumerate(modules):
-            expect(isinstance(module, Module), "Sequential", "every part must be a Module", DtypeError,
-                   part=type(module).__name__)  # fmt: skip
+            expect(
+                isinstance(module, Module),
+                "Sequential",
+                "every part must be a Module",
+                DtypeError,
+                part=type(module).__name__,
+            )
             setattr(self, str(i), module)
 
     def forward(self, x):

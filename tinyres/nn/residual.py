@@ -5,7 +5,6 @@ from tinyres.errors import ArgumentError, DtypeError, expect
 from tinyres.nn.layers import BatchNorm2d, Conv2d, ReLU
 from tinyres.nn.module import Module, Sequential
 
-
 _RELU = ReLU()  # stands for the default: each unit gets a ReLU of its own
 
 
@@ -27,8 +26,13 @@ class Residual(Module):
         super().__init__()
         activation = ReLU() if activation is _RELU else activation
         for name, part in (("shortcut", shortcut), ("activation", activation), ("pre", pre), ("join", join)):
-            expect(part is None or isinstance(part, Module), "Residual", f"{name} must be a Module or None", DtypeError,
-                   **{name: type(part).__name__})  # fmt: skip
+            expect(
+                part is None or isinstance(part, Module),
+                "Residual",
+                f"{name} must be a Module or None",
+                DtypeError,
+                **{name: type(part).__name__},
+            )
         expect(len(branch) > 0, "Residual", "the branch needs at least one module", ArgumentError)
         self.pre = pre
         self.branch = Sequential(*branch)
@@ -50,8 +54,14 @@ class ZeroPadShortcut(Module):
 
     def __init__(self, in_channels, out_channels, stride):
         super().__init__()
-        expect(out_channels >= in_channels, "ZeroPadShortcut", "channels can only be added", ArgumentError,
-               in_channels=in_channels, out_channels=out_channels)  # fmt: skip
+        expect(
+            out_channels >= in_channels,
+            "ZeroPadShortcut",
+            "channels can only be added",
+            ArgumentError,
+            in_channels=in_channels,
+            out_channels=out_channels,
+        )
         self.stride, self.new_channels = stride, out_channels - in_channels
 
     def forward(self, x):

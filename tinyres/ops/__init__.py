@@ -1,4 +1,4 @@
-"""The operations on Tensors. Each checks its arguments once, then records a Function that calls the device's kernels."""
+"""The operations on Tensors. Each checks its arguments once, then records a Function that calls kernels."""
 
 from tinyres.autograd import Tensor
 from tinyres.ops.batch_norm import batch_norm, batch_norm_add_relu, batch_norm_relu
@@ -34,6 +34,11 @@ __all__ = [
 ]  # fmt: skip
 
 
+def _one_or_many(sizes):
+    """x.reshape(2, 3) and x.reshape((2, 3)) are one."""
+    return sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+
+
 # Arithmetic and methods of Tensor, bound here because autograd.py knows no op.
 Tensor.__add__ = add
 Tensor.__radd__ = lambda self, other: add(other, self)
@@ -52,7 +57,7 @@ Tensor.__iter__ = lambda self: (self[i] for i in range(len(self)))
 Tensor.exp, Tensor.log, Tensor.sqrt = exp, log, sqrt
 Tensor.sigmoid, Tensor.tanh, Tensor.relu = sigmoid, tanh, relu
 Tensor.sum, Tensor.mean, Tensor.max = sum, mean, max
-Tensor.reshape = lambda self, *shape: reshape(self, shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
-Tensor.transpose = lambda self, *axes: transpose(self, (axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes) or None)
+Tensor.reshape = lambda self, *shape: reshape(self, _one_or_many(shape))
+Tensor.transpose = lambda self, *axes: transpose(self, _one_or_many(axes) if axes else None)
 Tensor.flatten = flatten
 Tensor.T = property(transpose)

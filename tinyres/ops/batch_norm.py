@@ -108,18 +108,32 @@ def _check(op, x, gamma, beta, running_mean, running_var, training, momentum, ep
     training = checks.flag(op, "training", training)
     expect(x.ndim >= 2 and x.size > 0, op, "x must be (..., C) with no empty axis", x=x.shape)
     channels = x.shape[-1:]
-    expect(gamma.shape == channels and beta.shape == channels, op, "gamma and beta must have one value per channel",
-           x=x.shape, gamma=gamma.shape, beta=beta.shape)  # fmt: skip
-    expect((running_mean is None) == (running_var is None), op, "give both running statistics or neither",
-           ArgumentError)  # fmt: skip
+    expect(
+        gamma.shape == channels and beta.shape == channels,
+        op,
+        "gamma and beta must have one value per channel",
+        x=x.shape,
+        gamma=gamma.shape,
+        beta=beta.shape,
+    )
+    expect(
+        (running_mean is None) == (running_var is None), op, "give both running statistics or neither", ArgumentError
+    )
     if running_mean is not None:
         for name, array in (("running_mean", running_mean), ("running_var", running_var)):
-            expect(x.device.owns(array), op, f"{name} must be an array of x's device", DeviceError,
-                   **{name: type(array).__name__})  # fmt: skip
-            expect(array.shape == channels, op, f"{name} must have one value per channel", x=x.shape,
-                   **{name: array.shape})  # fmt: skip
-            expect(array.dtype == x.dtype, op, f"{name} must have x's dtype", DtypeError, x=x.dtype,
-                   **{name: array.dtype})  # fmt: skip
+            expect(
+                x.device.owns(array),
+                op,
+                f"{name} must be an array of x's device",
+                DeviceError,
+                **{name: type(array).__name__},
+            )
+            expect(
+                array.shape == channels, op, f"{name} must have one value per channel", x=x.shape, **{name: array.shape}
+            )
+            expect(
+                array.dtype == x.dtype, op, f"{name} must have x's dtype", DtypeError, x=x.dtype, **{name: array.dtype}
+            )
             writable = not training or (array.flags.c_contiguous and getattr(array.flags, "writeable", True))
             expect(writable, op, f"{name} must be dense and writable", ArgumentError)
     expect(training or running_mean is not None, op, "running statistics are needed outside of training", ArgumentError)

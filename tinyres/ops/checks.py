@@ -58,8 +58,14 @@ def pair(op, name, value, minimum):
 def fits(op, shape, window, stride, padding):
     """The padded image is at least as large as the window; returns the output size (P, Q)."""
     H, W = shape[1] + 2 * padding[0], shape[2] + 2 * padding[1]
-    expect(window[0] <= H and window[1] <= W, op, "the window must fit into the padded image", x=shape, window=window,
-           padding=padding)  # fmt: skip
+    expect(
+        window[0] <= H and window[1] <= W,
+        op,
+        "the window must fit into the padded image",
+        x=shape,
+        window=window,
+        padding=padding,
+    )
     return (H - window[0]) // stride[0] + 1, (W - window[1]) // stride[1] + 1
 
 

@@ -12,8 +12,14 @@ from tinyres.ops import checks
 
 def _operands(op, a, b):
     """`a` and `b` as Tensors that broadcast together: a number takes the other's dtype and device."""
-    expect(isinstance(a, Tensor) or isinstance(b, Tensor), op, "an operand must be a Tensor", DtypeError,
-           a=type(a).__name__, b=type(b).__name__)  # fmt: skip
+    expect(
+        isinstance(a, Tensor) or isinstance(b, Tensor),
+        op,
+        "an operand must be a Tensor",
+        DtypeError,
+        a=type(a).__name__,
+        b=type(b).__name__,
+    )
     if not isinstance(b, Tensor):
         b = _constant(op, b, a)
     elif not isinstance(a, Tensor):
@@ -30,8 +36,13 @@ def _operands(op, a, b):
 def _constant(op, value, like):
     if isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)):
         return Tensor(like.device.asarray(value, like.dtype), False, like.device)
-    expect(like.device.owns(value), op, "operands must be Tensors, numbers or arrays", DtypeError,
-           operand=type(value).__name__)  # fmt: skip
+    expect(
+        like.device.owns(value),
+        op,
+        "operands must be Tensors, numbers or arrays",
+        DtypeError,
+        operand=type(value).__name__,
+    )
     return Tensor(value, False, like.device)
 
 
@@ -220,7 +231,10 @@ def div(a, b):
 
 
 def pow(a, b):
-    """a ** b, broadcast; NaN for a negative a and a fractional b. The gradient by b is 0 where a is 0. Raises as `add`."""
+    """a ** b, broadcast; NaN for a negative a and a fractional b. Raises as `add`.
+
+    The gradient by b is 0 where a is 0.
+    """
     return Pow.apply(*_operands("pow", a, b))
 
 

@@ -36,8 +36,13 @@ def cross_entropy(logits, labels, label_smoothing=0.0):
             labels = logits.device.asarray(labels)
         except ValueError as error:
             raise ShapeError(f"[{op}] labels must be one per row of logits ({error})") from None
-    expect(logits.device.owns(labels), op, "labels must be an array on the device of logits", DeviceError,
-           labels=type(labels).__name__)  # fmt: skip
+    expect(
+        logits.device.owns(labels),
+        op,
+        "labels must be an array on the device of logits",
+        DeviceError,
+        labels=type(labels).__name__,
+    )
     expect(labels.dtype.kind in "iu", op, "labels must be integers", DtypeError, labels=labels.dtype)
     N, K = logits.shape
     expect(labels.shape == (N,), op, "labels must be one per row of logits", logits=logits.shape, labels=labels.shape)

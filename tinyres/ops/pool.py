@@ -68,7 +68,13 @@ def _check(op, x, window, stride, padding):
     window = checks.pair(op, "window", window, 1)
     stride = window if stride is None else checks.pair(op, "stride", stride, 1)
     padding = checks.pair(op, "padding", padding, 0)
-    expect(all(2 * p <= n for p, n in zip(padding, window, strict=True)), op,
-           "padding must be at most half the window", ArgumentError, padding=padding, window=window)  # fmt: skip
+    expect(
+        all(2 * p <= n for p, n in zip(padding, window, strict=True)),
+        op,
+        "padding must be at most half the window",
+        ArgumentError,
+        padding=padding,
+        window=window,
+    )
     checks.fits(op, x.shape, window, stride, padding)
     return {"window": window, "stride": stride, "padding": padding}

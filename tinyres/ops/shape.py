@@ -127,12 +127,22 @@ def concatenate(tensors, axis=0):
     checks.operands("concatenate", **{f"tensors[{i}]": x for i, x in enumerate(tensors)})
     (axis,) = checks.axes("concatenate", checks.integer("concatenate", "axis", axis, -tensors[0].ndim), tensors[0].ndim)
     others = {(x.ndim, x.shape[:axis], x.shape[axis + 1 :]) for x in tensors}
-    expect(len(others) == 1, "concatenate", "shapes must agree except along the axis",
-           shapes=[x.shape for x in tensors], axis=axis)  # fmt: skip
+    expect(
+        len(others) == 1,
+        "concatenate",
+        "shapes must agree except along the axis",
+        shapes=[x.shape for x in tensors],
+        axis=axis,
+    )
     return Concatenate.apply(*tensors, axis=axis)
 
 
 def _sequence(op, name, value):
-    expect(isinstance(value, (tuple, list, range)), op, f"{name} must be a tuple or list", DtypeError,
-           **{name: repr(value)})  # fmt: skip
+    expect(
+        isinstance(value, (tuple, list, range)),
+        op,
+        f"{name} must be a tuple or list",
+        DtypeError,
+        **{name: repr(value)},
+    )
     return value
