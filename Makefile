@@ -19,6 +19,7 @@ sanitize: .venv/test.stamp .venv/dev.stamp
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 build: .venv/dev.stamp  # a wheel and a source distribution in dist/

@@ -72,14 +72,13 @@ def train_run(result):
         [
             NAMES[name],
             f"{row['mean_test_error']:.2f} %",
-            f"{row['mean_training_seconds']:,.0f} s",
             f"{row['peak_resident_mib']:,} MiB",
         ]
         for name, row in result["competitors"].items()
     ]
     recipe, seeds = result["recipe"], len(result["seeds"])
     title = f"Training ResNet-{result['depth']} on {result['dataset']}, {recipe} recipe, mean of {seeds} seeds:"
-    return f"{title}\n\n{table(['', 'test error', 'time', 'peak memory'], rows)}"
+    return f"{title}\n\n{table(['', 'test error', 'peak memory'], rows)}"
 
 
 RENDER = {"train_run": train_run, "train_step": train_step}

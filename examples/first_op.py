@@ -1,6 +1,6 @@
 """Write an op, check its gradient, train with it: a tour of the engine in one page.
 
-    python examples/first_op.py
+python examples/first_op.py
 """
 
 import numpy as np

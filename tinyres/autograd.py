@@ -5,18 +5,30 @@ leaves, each once, after all of its consumers. First order only: gradients are p
 Arithmetic on Tensors is bound in ops/__init__.py; this file knows no op.
 """
 
+from __future__ import annotations
+
 import functools
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from tinyres import backend
+from tinyres.backend import Array, Device
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, GraphError, ShapeError, expect
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+Axis = int | tuple[int, ...] | None  # of a reduction; None is all axes
+BasicIndex = SupportsIndex | slice | EllipsisType | None
+Index = BasicIndex | tuple[BasicIndex, ...]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _recording = ContextVar("tinyres.recording", default=True)
 
@@ -24,15 +36,15 @@ _recording = ContextVar("tinyres.recording", default=True)
 class no_grad:
     """Within this block (or decorated function) nothing is recorded, so nothing is kept for a backward sweep."""
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self._token = _recording.set(False)
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         _recording.reset(self._token)
 
-    def __call__(self, function):
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def without_grad(*args, **kwargs):
+        def without_grad(*args: P.args, **kwargs: P.kwargs) -> R:
             with no_grad():
                 return function(*args, **kwargs)
 
@@ -52,16 +64,23 @@ class Tensor:
     __array_priority__ = 1000  # so that `array * tensor` reaches Tensor.__rmul__ ...
     __array_ufunc__ = None  # ... instead of NumPy's elementwise loop over objects
 
-    def __init__(self, data, requires_grad=False, device=None):
-        self._data, self.grad, self.requires_grad, self.device = data, None, requires_grad, device
+    grad: Array | None
+    requires_grad: bool
+    device: Device
+    _node: Function | None
+    _hooks: dict[object, Callable[[Array], Array | None]] | None
+
+    def __init__(self, data: Array, requires_grad: bool = False, device: Device | None = None) -> None:
+        self._data, self.grad, self.requires_grad = data, None, requires_grad
+        self.device = device or backend.get()
         self._node, self._slot, self._hooks = None, 0, None
 
     @property
-    def data(self):
+    def data(self) -> Array:
         return self._data
 
     @data.setter
-    def data(self, array):
+    def data(self, array: Array) -> None:
         if not self.device.owns(array):
             expect(not isinstance(array, Tensor), "Tensor.data", "needs an array", DtypeError, data=array)
             array = self.device.asarray(array)
@@ -77,51 +96,51 @@ class Tensor:
         self._data = array
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, ...]:
         return self._data.shape
 
     @property
-    def dtype(self):
+    def dtype(self) -> np.dtype:
         return self._data.dtype
 
     @property
-    def ndim(self):
+    def ndim(self) -> int:
         return self._data.ndim
 
     @property
-    def size(self):
+    def size(self) -> int:
         return self._data.size
 
-    def __len__(self):
+    def __len__(self) -> int:
         expect(self.ndim > 0, "len", "a scalar tensor has no length")
         return self.shape[0]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         body = np.array2string(self.numpy(), separator=", ", prefix="tensor(")
         extra = "" if self.device.name == "cpu" else f", device={self.device}"
         return f"tensor({body}, dtype={self.dtype}{extra}{', requires_grad=True' if self.requires_grad else ''})"
 
-    def __bool__(self):
+    def __bool__(self) -> bool:
         return bool(self.item())
 
-    def numpy(self):
+    def numpy(self) -> np.ndarray:
         """The data as a NumPy array: the same memory on a CPU device."""
         return self._data
 
-    def item(self):
+    def item(self) -> float:
         """The value of a tensor of one element, as a Python number. Raises ShapeError for any other."""
         expect(self.size == 1, "item", "needs a tensor of one element", x=self.shape)
         return self._data.item()
 
-    def detach(self):
+    def detach(self) -> Tensor:
         """The same data outside of the graph."""
         return Tensor(self._data, False, self.device)
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         """Forget the gradient: `grad` becomes None."""
         self.grad = None
 
-    def register_hook(self, hook):
+    def register_hook(self, hook: Callable[[Array], Array | None]) -> Handle:
         """Call `hook(gradient)` with this tensor's whole gradient in each sweep, before it goes further.
 
         What the hook returns, if not None, takes the gradient's place. Returns a handle whose `remove()` ends it.
@@ -135,7 +154,7 @@ class Tensor:
                 self._node.hooks[self._slot] = self._hooks
         return Handle(self._hooks, hook)
 
-    def backward(self, gradient=None, retain_graph=False):
+    def backward(self, gradient: Tensor | ArrayLike | None = None, retain_graph: bool = False) -> None:
         """Sweep from this tensor to the leaves and add to their `grad`.
 
         gradient      the gradient of the loss by this tensor (array or number of its shape); 1 for a scalar
@@ -145,19 +164,51 @@ class Tensor:
         """
         _sweep("backward", [self], [gradient], retain_graph, None)
 
+    if TYPE_CHECKING:  # what ops/__init__.py binds
+
+        def __add__(self, other: Operand) -> Tensor: ...
+
+        __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __add__
+
+        def __matmul__(self, other: Tensor) -> Tensor: ...
+        def __neg__(self) -> Tensor: ...
+        def __getitem__(self, index: Index) -> Tensor: ...
+        def __iter__(self) -> Iterator[Tensor]: ...
+        def exp(self) -> Tensor: ...
+
+        log = sqrt = sigmoid = tanh = relu = exp
+
+        def sum(self, axis: Axis = None, keepdims: bool = False) -> Tensor: ...
+
+        mean = max = sum
+
+        def reshape(self, *shape: int | Sequence[int]) -> Tensor: ...
+        def transpose(self, *axes: int | Sequence[int]) -> Tensor: ...
+        def flatten(self, start: int = 1) -> Tensor: ...
+        @property
+        def T(self) -> Tensor: ...
+
+
+Operand = Tensor | Array | float  # of arithmetic
+
 
 class Handle:
     """Removes what was registered."""
 
-    def __init__(self, table, value):
+    def __init__(self, table: dict, value: object) -> None:
         self._table, self._key = table, object()
         table[self._key] = value
 
-    def remove(self):
+    def remove(self) -> None:
         self._table.pop(self._key, None)
 
 
-def tensor(array, requires_grad=False, dtype=None, device=None):
+def tensor(
+    array: Tensor | ArrayLike,
+    requires_grad: bool = False,
+    dtype: DTypeLike | None = None,
+    device: str | Device | None = None,
+) -> Tensor:
     """A leaf Tensor with a copy-free view of `array` where dtype and device allow it, else a copy.
 
     array   array, number or nested list: real numbers. Python floats become float32
@@ -185,21 +236,21 @@ def tensor(array, requires_grad=False, dtype=None, device=None):
     if dtype is None:
         dtype = np.float32 if not given and array.dtype.kind == "f" else array.dtype
     try:
-        dtype = np.dtype(dtype).newbyteorder("=")
+        kept: np.dtype = np.dtype(dtype).newbyteorder("=")
     except TypeError:
         raise DtypeError(f"[{op}] dtype must name a type; got dtype {dtype!r}") from None
     kinds = "f" if requires_grad else "fiub"
-    valid = array.dtype.kind in "fiub" and dtype.kind in kinds and (dtype.kind != "f" or dtype in FLOATS)
+    valid = array.dtype.kind in "fiub" and kept.kind in kinds and (kept.kind != "f" or kept in FLOATS)
     expect(
         valid,
         op,
         "data must be float32 or float64" + ("" if requires_grad else ", integer or bool"),
         DtypeError,
         array=array.dtype,
-        dtype=dtype,
+        dtype=kept,
     )
     expect(array.ndim <= 16, op, "at most 16 axes", shape=array.shape)
-    return Tensor(device.asarray(array, dtype), bool(requires_grad), device)
+    return Tensor(device.asarray(array, kept), bool(requires_grad), device)
 
 
 class Function:
@@ -223,21 +274,27 @@ class Function:
     a copy.
     """
 
+    kernels: Any
+    needs: tuple[bool, ...]
+    saved: Any = None
     fresh_gradients = False
-    saved = None
     swept = False
     _orders = itertools.count()
 
-    def forward(self, *arrays, **attributes):
+    def forward(self, *arrays: Any, **attributes: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
-    def backward(self, *gradients):
+    def backward(self, *gradients: Any) -> Any:
         raise GraphError(f"[{type(self).__name__}] has no backward")
 
     @classmethod
-    def apply(cls, *inputs, **attributes):
-        """Run forward on the data of `inputs` (Tensors of one device, or None) and record it for the sweep."""
-        device, needs_grad = None, False
+    def apply(cls, *inputs: Tensor | None, **attributes: Any) -> Any:
+        """Run forward on the data of `inputs` (Tensors of one device, or None) and record it for the sweep.
+
+        Returns a Tensor; a tuple of them where forward returns a tuple.
+        """
+        device: Any = None
+        needs_grad = False
         for x in inputs:
             if x is not None:
                 if not isinstance(x, Tensor):
@@ -280,7 +337,12 @@ class Function:
             y._node, y._slot = self, slot
 
 
-def grad(ys, xs, gradients=None, retain_graph=False):
+def grad(
+    ys: Tensor | Iterable[Tensor],
+    xs: Tensor | Iterable[Tensor],
+    gradients: Sequence[Tensor | ArrayLike | None] | None = None,
+    retain_graph: bool = False,
+) -> list[Array]:
     """The gradients of the sum of `ys` by each of `xs`, as a list of arrays; no tensor's `grad` changes.
 
     ys         Tensor or list of Tensors
@@ -304,7 +366,7 @@ def grad(ys, xs, gradients=None, retain_graph=False):
     expect(
         len(gradients) == len(ys), "grad", "gradients must be one for each of ys", gradients=len(gradients), ys=len(ys)
     )
-    wanted = {(id(x._node or x), x._slot): None for x in xs}
+    wanted: dict[tuple[int, int], Any] = {(id(x._node or x), x._slot): None for x in xs}
     _sweep("grad", ys, gradients, retain_graph, wanted)
     found = [wanted[id(x._node or x), x._slot] for x in xs]
     for i, g in enumerate(found):

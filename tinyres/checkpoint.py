@@ -6,10 +6,13 @@ array stands in the file's metadata as one JSON text, the tree with a null where
 both, since the safetensors format itself has none.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +22,7 @@ FORMAT = "tinyres"
 VERSION = "1"
 
 
-def save(path, /, **items):
+def save(path: str | os.PathLike[str], /, **items: Any) -> None:
     """Write `items` to `path`, whole or not at all.
 
     An item is a dict or list (nested as you like, with str keys) of arrays and JSON values, or anything that has a
@@ -31,7 +34,7 @@ def save(path, /, **items):
     from safetensors.numpy import save as serialize
 
     path = Path(path)
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     tree = json.dumps(_split(items, (), arrays))
     try:
         metadata = {"format": FORMAT, "version": VERSION, "tree": tree, "crc32": _checksum(tree, arrays)}
@@ -41,7 +44,7 @@ def save(path, /, **items):
     write_atomic(path, content)
 
 
-def load(path):
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the tree that `save` wrote to `path`: {item name: ...}, arrays as new NumPy arrays.
 
     Raises CheckpointError for a file that is missing, truncated, damaged, or not a checkpoint of tinyres.
@@ -69,7 +72,7 @@ def load(path):
         raise CheckpointError(f"[load] {path}: the tree of the checkpoint is malformed: {error!r}") from error
 
 
-def write_atomic(path, content):
+def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     """Replace the file at `path` by the bytes `content`: after a crash at any moment it holds the old or the new."""
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,5 +1,7 @@
 """The project's exceptions, and `expect`, the one way that a check is written."""
 
+from __future__ import annotations
+
 
 class TinyresError(Exception):
     """Base of every error that tinyres raises on purpose."""
@@ -41,7 +43,7 @@ class GradcheckError(TinyresError, AssertionError):
     """An analytic gradient that differs from the finite difference."""
 
 
-def expect(condition, op, rule, error=ShapeError, **got):
+def expect(condition: object, op: str, rule: str, error: type[TinyresError] = ShapeError, **got: object) -> None:
     """Raise `error` unless `condition` holds.
 
     The message is `[op] rule; got name value, name value`, for example

@@ -1,12 +1,15 @@
 """Stochastic gradient descent, and schedules of its rate."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterable
-from types import SimpleNamespace
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from tinyres.autograd import Tensor
+from tinyres.backend import Array
 from tinyres.errors import ArgumentError, CheckpointError, DtypeError, expect
 from tinyres.ops import checks
 
@@ -22,7 +25,14 @@ class SGD:
     Raises ArgumentError for a setting outside its range, DtypeError for what is no parameter.
     """
 
-    def __init__(self, params, lr, momentum=0, weight_decay=0, nesterov=False):
+    def __init__(
+        self,
+        params: Iterable[Tensor | dict[str, Any]],
+        lr: float,
+        momentum: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+    ) -> None:
         self.lr = _at_least_zero("lr", lr)
         self.momentum = checks.fraction("SGD", "momentum", momentum)
         self.weight_decay = _at_least_zero("weight_decay", weight_decay)
@@ -30,13 +40,12 @@ class SGD:
         expect(not nesterov or self.momentum > 0, "SGD", "nesterov needs momentum", ArgumentError, momentum=momentum)
         iterable = isinstance(params, Iterable) and not isinstance(params, (Tensor, np.ndarray, str))
         expect(iterable, "SGD", "params must be an iterable of Parameters", DtypeError, params=type(params).__name__)
-        self.params, self._decays = [], []
+        self.params: list[Tensor] = []
+        self._decays: list[float] = []
         for group in params:
-            own = isinstance(group, dict)
-            decay = (
-                _at_least_zero("weight_decay", group.get("weight_decay", weight_decay)) if own else self.weight_decay
-            )
-            for p in group["params"] if own else (group,):
+            group = group if isinstance(group, dict) else {"params": (group,)}
+            decay = _at_least_zero("weight_decay", group.get("weight_decay", weight_decay))
+            for p in group["params"]:
                 leaf = isinstance(p, Tensor) and p.requires_grad and p._node is None
                 expect(
                     leaf,
@@ -51,12 +60,12 @@ class SGD:
         expect(
             len({id(p) for p in self.params}) == len(self.params), "SGD", "a parameter may be given once", ArgumentError
         )
-        self._velocities = [None] * len(self.params)
+        self._velocities: list[Array | None] = [None] * len(self.params)
 
-    def step(self):
+    def step(self) -> None:
         """Update every parameter that has a gradient."""
         lr = _at_least_zero("lr", self.lr)
-        by_table = {}  # one call for each device and dtype: usually one
+        by_table: dict[tuple[str, np.dtype], list[int]] = {}  # one call for each device and dtype: usually one
         for i, p in enumerate(self.params):
             if p.grad is None:
                 continue
@@ -85,18 +94,18 @@ class SGD:
                 self.nesterov,
             )
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         """Forget all gradients."""
         for p in self.params:
             p.zero_grad()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """lr, momentum, weight_decay, nesterov, and `velocity`: a dict of position -> copy of the array."""
         velocity = {str(i): v.copy() for i, v in enumerate(self._velocities) if v is not None}
         settings = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
         return {**settings, "nesterov": self.nesterov, "velocity": velocity}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned.
 
         Raises CheckpointError, before anything changes, if it does not fit.
@@ -104,7 +113,7 @@ class SGD:
         names = {"lr", "momentum", "weight_decay", "nesterov", "velocity"}
         given = sorted(state) if hasattr(state, "keys") else type(state).__name__
         expect(given == sorted(names), "SGD.load_state_dict", f"needs {sorted(names)}", CheckpointError, state=given)
-        velocities = [None] * len(self.params)
+        velocities: list[Array | None] = [None] * len(self.params)
         for key, v in state["velocity"].items():
             fits = key.isdecimal() and int(key) < len(self.params) and v.shape == self.params[int(key)].shape
             expect(
@@ -129,18 +138,18 @@ def _like(velocity, p):
     return velocity if velocity.dtype == p.dtype else velocity.astype(p.dtype)
 
 
-def _at_least_zero(name, value):
+def _at_least_zero(name: str, value: Any) -> float:
     value = checks.real("SGD", name, value)
     expect(value >= 0, "SGD", f"{name} must be at least 0", ArgumentError, **{name: value})
     return value
 
 
-def _step_decay(lr, milestones, factor=0.1):
+def _step_decay(lr: float, milestones: Sequence[int], factor: float = 0.1) -> Callable[[int], float]:
     """lr, times `factor` from each iteration of `milestones` on (He et al. 2015, section 4.2: 32000, 48000)."""
     return lambda step: lr * factor ** sum(step >= m for m in milestones)
 
 
-def _one_cycle(lr, steps, warmup=0.3):
+def _one_cycle(lr: float, steps: int, warmup: float = 0.3) -> Callable[[int], float]:
     """From lr / 25 up to lr over the share `warmup` of `steps`, then down to lr / 10000, both along half a cosine
     (Smith and Topin 2017, "Super-convergence")."""
     expect(steps >= 1, "one_cycle", "at least one step", ArgumentError, steps=steps)
@@ -155,5 +164,8 @@ def _one_cycle(lr, steps, warmup=0.3):
     return schedule
 
 
-# Schedules are functions from the iteration number, counted from 0, to the rate.
-schedules = SimpleNamespace(step_decay=_step_decay, one_cycle=_one_cycle)
+class schedules:
+    """Functions from the iteration number, counted from 0, to the rate."""
+
+    step_decay = staticmethod(_step_decay)
+    one_cycle = staticmethod(_one_cycle)

@@ -4,8 +4,11 @@
 The choices belong to the current context (`contextvars`), so threads do not see each other's.
 """
 
+from __future__ import annotations
+
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from tinyres import _cpu
 from tinyres.errors import ArgumentError, expect
@@ -22,7 +25,7 @@ class Options:
     conv: str = "auto"
     threads: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known = isinstance(self.conv, str) and self.conv in CONV
         expect(known, "options", f"conv must be one of {', '.join(CONV)}", ArgumentError, conv=self.conv)
         whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
@@ -34,7 +37,7 @@ _DEFAULT = Options()
 _current = ContextVar("tinyres.options", default=_DEFAULT)
 
 
-def get():
+def get() -> Options:
     """The Options in force."""
     return _current.get()
 
@@ -45,21 +48,21 @@ class options:
     Raises ArgumentError for an unknown name or value.
     """
 
-    def __init__(self, **changes):
+    def __init__(self, **changes: Any) -> None:
         self._before = get()
         names = Options.__dataclass_fields__
         for name in changes:
             expect(name in names, "options", f"the options are {', '.join(names)}", ArgumentError, name=name)
         _apply(replace(self._before, **changes))
 
-    def __enter__(self):
+    def __enter__(self) -> options:
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         _apply(self._before)
 
     @staticmethod
-    def current():
+    def current() -> dict[str, Any]:
         """The options in force as a dict, for records."""
         return asdict(get())
 

@@ -1,6 +1,10 @@
 """What a model consists of: a table of its layers with shapes, parameters and multiply-adds."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -8,6 +12,8 @@ from tinyres.autograd import Tensor, no_grad
 from tinyres.errors import ArgumentError, DtypeError, expect
 from tinyres.nn import Conv2d, Linear, Module
 from tinyres.ops import checks
+
+Row = tuple[str, str, tuple[int, ...], int, int]  # of Summary.rows
 
 
 class Summary:
@@ -17,11 +23,16 @@ class Summary:
     activation_bytes  of all layers' outputs
     """
 
-    def __init__(self, rows, parameters, activation_bytes):
+    rows: list[Row]
+    parameters: int
+    multiply_adds: int
+    activation_bytes: int
+
+    def __init__(self, rows: list[Row], parameters: int, activation_bytes: int) -> None:
         self.rows, self.parameters, self.activation_bytes = rows, parameters, activation_bytes
         self.multiply_adds = sum(row[4] for row in rows)
 
-    def __str__(self):
+    def __str__(self) -> str:
         table = [("layer", "kind", "output", "parameters", "multiply-adds")]
         table += [(name, kind, str(shape), f"{n:,}", f"{m:,}") for name, kind, shape, n, m in self.rows]
         widths = [max(len(row[i]) for row in table) for i in range(5)]
@@ -39,7 +50,7 @@ class Summary:
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], "-" * len(lines[0]), total])
 
 
-def summary(model, input_shape, show=True):
+def summary(model: Module, input_shape: Sequence[int], show: bool = True) -> Summary:
     """Run `model` once in evaluation mode on zeros of `input_shape`, such as (1, 32, 32, 3), and print its table.
 
     Returns the Summary; `show=False` prints nothing. The model is left as it was. Raises DtypeError unless given a
@@ -54,12 +65,12 @@ def summary(model, input_shape, show=True):
         input_shape=input_shape,
     )
     shape = tuple([checks.integer("summary", "input_shape", n, 1) for n in input_shape])
-    first = next(model.parameters(), None)
-    x = Tensor(np.zeros(shape, np.float32), False, first.device) if first is not None else None
-    expect(x is not None, "summary", "the model has no parameters", ArgumentError)
-    x.data = x.data.astype(first.dtype)
+    first: Any = next(model.parameters(), None)
+    expect(first is not None, "summary", "the model has no parameters", ArgumentError)
+    x = Tensor(first.device.asarray(np.zeros(shape, first.dtype)), False, first.device)
 
-    rows, handles, total_bytes = [], [], 0
+    rows: list[Row] = []
+    handles, total_bytes = [], 0
     modes = [(module, module.training) for module in model.modules()]
 
     def note(name, module):

@@ -1,5 +1,7 @@
 """The reusable pieces of a training loop. The loop itself stands in the program that runs it: examples/*.py."""
 
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -8,27 +10,37 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from tinyres import _cpu, ops
 from tinyres.autograd import Tensor, no_grad, tensor
-from tinyres.backend import random
+from tinyres.backend import Array, random
 from tinyres.checkpoint import write_atomic
 from tinyres.errors import NonFiniteError
+from tinyres.nn import Module
 from tinyres.version import __version__
+
+if TYPE_CHECKING:
+    from tinyres.data import Loader
 
 
 class Running:
     """Sums over the batches of an epoch, in Python floats: what a checkpoint in mid-epoch has to keep."""
 
-    def __init__(self):
+    images: int
+    wrong: int
+    loss_sum: float
+    seconds: float
+
+    def __init__(self) -> None:
         self.reset()
 
-    def reset(self):
+    def reset(self) -> None:
         self.images, self.wrong, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
 
-    def add(self, loss, logits, labels, seconds=0.0):
+    def add(self, loss: float, logits: Tensor, labels: Array, seconds: float = 0.0) -> float:
         """Add one batch: its mean loss (float), logits (N, K) and labels (N,), and the seconds that it took.
 
         Returns the batch's own error in percent. A NaN among an image's logits counts as an error.
@@ -41,27 +53,27 @@ class Running:
         return 100.0 * wrong / len(labels)
 
     @property
-    def loss(self):
+    def loss(self) -> float:
         """Mean loss per image."""
         return self.loss_sum / max(self.images, 1)
 
     @property
-    def error(self):
+    def error(self) -> float:
         """Percent of the images whose largest logit is not their label's."""
         return 100.0 * self.wrong / max(self.images, 1)
 
     @property
-    def images_per_second(self):
+    def images_per_second(self) -> float:
         return self.images / self.seconds if self.seconds else 0.0
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 
-def evaluate(model, loader):
+def evaluate(model: Module, loader: Loader) -> tuple[float, float]:
     """Mean loss and error in percent of `model`, in evaluation mode, over one pass of `loader.epoch()`.
 
     Every module is left in the mode in which it was.
@@ -78,7 +90,7 @@ def evaluate(model, loader):
     return running.loss, running.error
 
 
-def check_finite(loss, model, x, step):
+def check_finite(loss: float, model: Module, x: Tensor | Array, step: int) -> None:
     """Return quietly if `loss` (float) is finite; else raise NonFiniteError, which names the step and the culprit.
 
     The forward pass of the batch `x` is run again, and the first layer whose output is not finite is named, by its
@@ -136,13 +148,16 @@ class MetricsLog:
     them again. `step=0` starts the file afresh. `lines` holds what stands in the file, as dicts.
     """
 
-    def __init__(self, path, step=0):
+    path: Path
+    lines: list[dict[str, Any]]
+
+    def __init__(self, path: str | os.PathLike[str], step: int = 0) -> None:
         self.path = Path(path)
         self.lines = [line for line in read_metrics(path) if line["step"] <= step] if step else []
         text = "".join(json.dumps(line) + "\n" for line in self.lines)
         write_atomic(self.path, text.encode())
 
-    def write(self, **line):
+    def write(self, **line: Any) -> None:
         self.lines.append(line)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -150,7 +165,7 @@ class MetricsLog:
             os.fsync(file.fileno())
 
 
-def read_metrics(path):
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The lines of a metrics file as a list of dicts; [] if there is none. A torn last line is left out."""
     if not os.path.exists(path):
         return []
@@ -164,12 +179,12 @@ class Progress:
     The bar is tqdm's; without tqdm there are plain lines in a terminal too. Use as a context manager.
     """
 
-    def __init__(self, total, step=0, every=5.0, stream=None):
+    def __init__(self, total: int, step: int = 0, every: float = 5.0, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
         self.total, self.step, self.every = total, step, every
         self.first_step, self.began = step, time.perf_counter()
         self.shown = self.began
-        self.bar = None
+        self.bar: Any = None
         if self.stream.isatty():
             try:
                 from tqdm import tqdm
@@ -178,7 +193,7 @@ class Progress:
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
             self.bar = tqdm(total=total, initial=step, file=self.stream, dynamic_ncols=True, bar_format=layout)
 
-    def update(self, running):
+    def update(self, running: Running) -> None:
         """One step is done; `running` is the epoch's Running."""
         self.step += 1
         state = f"loss {running.loss:.3f}  error {running.error:.1f} %  {running.images_per_second:.0f} images/s"
@@ -192,17 +207,17 @@ class Progress:
             left = (now - self.began) / (self.step - self.first_step) * (self.total - self.step)
             self.line(f"step {self.step}/{self.total}  {state}  {duration(left)} left")
 
-    def line(self, text):
+    def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if self.bar is not None:
             self.bar.write(text, file=self.stream)
         else:
             print(text, file=self.stream, flush=True)
 
-    def __enter__(self):
+    def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         if self.bar is not None:
             self.bar.close()
 
@@ -220,14 +235,16 @@ class Interrupt:
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self):
+    signal: int | None
+
+    def __init__(self) -> None:
         self.signal = None
 
-    def __enter__(self):
+    def __enter__(self) -> Interrupt:
         self.before = [signal.signal(number, self._handle) for number in self.SIGNALS]
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         for number, handler in zip(self.SIGNALS, self.before, strict=True):
             signal.signal(number, handler)
 
@@ -238,7 +255,7 @@ class Interrupt:
         os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print() is not safe in a handler
 
 
-def plot_curves(metrics_path, png_path):
+def plot_curves(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> str | None:
     """Draw error and loss over the steps of a metrics file. Returns None, or one line that says why it did not."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -266,7 +283,7 @@ def plot_curves(metrics_path, png_path):
     return None
 
 
-def run_summary(config, lines, out):
+def run_summary(config: dict[str, Any], lines: list[dict[str, Any]], out: str | os.PathLike[str]) -> str:
     """The end of a run on one screen, as text: `config` and metrics `lines` as written to the folder `out`."""
     rows = [
         ("model", f"{config['model']}, {config['parameters']:,} parameters"),
@@ -286,7 +303,7 @@ def run_summary(config, lines, out):
     return "\n".join(f"  {name:<9} {value}" for name, value in rows)
 
 
-def environment():
+def environment() -> dict[str, Any]:
     """What a run stood on, as a JSON-able dict: versions, platform, instruction set and threads."""
     return {
         "tinyres": __version__,
@@ -298,7 +315,7 @@ def environment():
     }
 
 
-def peak_memory():
+def peak_memory() -> int:
     """The most memory that this process has held resident so far, in bytes."""
     try:  # Linux lets a child inherit the peak of getrusage from the process that started it, but not this one
         status = Path("/proc/self/status").read_text()
@@ -310,7 +327,7 @@ def peak_memory():
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def duration(seconds):
+def duration(seconds: float) -> str:
     """Seconds as h:mm:ss, or m:ss below an hour."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -3,16 +3,22 @@
 `reference` is plain NumPy, the oracle of the tests; `cpu` is the C++ extension.
 """
 
+from __future__ import annotations
+
 import importlib
+from typing import Any, TypeGuard
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from tinyres.backend import compose, spec
 from tinyres.errors import ArgumentError, DeviceError, expect
 
+Array = np.ndarray  # or its CuPy twin, on a GPU
+
 NAMES = ("reference", "cpu", "emulated", "cuda")
 
-_devices = {}
+_devices: dict[str, Device] = {}
 _default = "cpu"
 
 
@@ -35,22 +41,26 @@ class Device:
     xp       the array module, NumPy
     """
 
-    def __init__(self, name, kernels, xp):
+    name: str
+    kernels: Any  # raw kernels: their contracts are in spec.py
+    xp: Any
+
+    def __init__(self, name: str, kernels: Any, xp: Any) -> None:
         self.name, self.kernels, self.xp = name, kernels, xp
 
-    def asarray(self, data, dtype=None):
+    def asarray(self, data: ArrayLike, dtype: DTypeLike | None = None) -> Array:
         """`data` as an array of this device, without a copy where possible."""
         return self.xp.asarray(data, dtype=dtype)
 
-    def owns(self, array):
+    def owns(self, array: object) -> TypeGuard[Array]:
         """Whether `array` is an array of this device's kind."""
         return isinstance(array, self.xp.ndarray)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return self.name
 
 
-def get(name=None):
+def get(name: str | Device | None = None) -> Device:
     """The Device called `name` (a Device is returned as it is; None is the default).
 
     Raises ArgumentError for an unknown name, DeviceError for a device that this build or machine lacks.
@@ -72,7 +82,7 @@ def get(name=None):
     return _devices[name]
 
 
-def use(name):
+def use(name: str | Device) -> None:
     """Make `name` the default device of new tensors and modules. Raises as `get` does."""
     global _default
     _default = get(name).name

@@ -5,24 +5,29 @@ training loop in its steady state asks the system for nothing. `stats()` counts,
 The pool itself is csrc/memory.cpp, because kernels take their scratch from it too.
 """
 
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import DTypeLike
+
 from tinyres import _cpu
 
 
-def empty(shape, dtype):
+def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """An uninitialised dense array (64-byte aligned) of `shape`, a tuple, and `dtype`."""
     return _cpu.empty(shape, dtype)
 
 
-def stats():
+def stats() -> dict[str, int]:
     """Counters as a dict: system_allocations, taken, bytes_in_use, peak_bytes_in_use, bytes_held."""
     return _cpu.memory_stats()
 
 
-def reset_peak():
+def reset_peak() -> None:
     """Start a new measurement of peak_bytes_in_use."""
     _cpu.memory_reset_peak()
 
 
-def release():
+def release() -> None:
     """Give every block that is not in use back to the system."""
     _cpu.memory_release()

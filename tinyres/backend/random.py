@@ -7,6 +7,10 @@ separate: a dropout layer added to a network does not change the order of the da
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import numpy as np
 
 from tinyres.errors import ArgumentError, expect
@@ -16,7 +20,7 @@ STREAMS = ("init", "order", "augment", "dropout")
 _MASK32, _MASK64 = 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF
 
 
-def philox(key, draw, blocks):
+def philox(key: int, draw: int, blocks: int) -> np.ndarray:
     """Blocks 0 .. blocks-1 of draw `draw` under the 64-bit `key`: uint32 array of shape (blocks, 4)."""
     block = np.arange(blocks, dtype=np.uint64)
     low, shift = np.uint64(_MASK32), np.uint64(32)
@@ -42,26 +46,29 @@ def _splitmix64(x):
 class Stream:
     """The numbers of one purpose under one seed; every method is a pure function of the draw number."""
 
-    def __init__(self, seed, name):
+    name: str
+    key: int
+
+    def __init__(self, seed: int, name: str) -> None:
         expect(name in STREAMS, "random.Stream", f"name must be one of {', '.join(STREAMS)}", ArgumentError, name=name)
         self.name = name
         self.key = _splitmix64(_splitmix64(_check_seed("random.Stream", seed)) + STREAMS.index(name))
 
-    def bits(self, draw, n):
+    def bits(self, draw: int, n: int) -> np.ndarray:
         """n uniform uint32 numbers."""
         return philox(self.key, draw, -(-n // 4)).reshape(-1)[:n]
 
-    def uniform(self, draw, n):
+    def uniform(self, draw: int, n: int) -> np.ndarray:
         """n float64 numbers in [0, 1), with all 53 bits."""
         high, low = self.bits(draw, 2 * n).reshape(n, 2).T.astype(np.float64)
         return (np.floor(high / 32) * 2.0**26 + np.floor(low / 64)) * 2.0**-53
 
-    def normal(self, draw, n):
+    def normal(self, draw: int, n: int) -> np.ndarray:
         """n float64 numbers from N(0, 1) (Box-Muller)."""
         u, v = self.uniform(draw, 2 * n).reshape(2, n)
         return np.sqrt(-2.0 * np.log1p(-u)) * np.cos(2.0 * np.pi * v)
 
-    def permutation(self, draw, n):
+    def permutation(self, draw: int, n: int) -> np.ndarray:
         """The integers 0 .. n-1 in random order, int64."""
         high, low = self.bits(draw, 2 * n).reshape(n, 2).T.astype(np.uint64)
         return np.argsort((high << np.uint64(32)) | low, kind="stable").astype(np.int64)
@@ -77,7 +84,7 @@ _seed = 0
 _draws = dict.fromkeys(STREAMS, 0)
 
 
-def manual_seed(seed):
+def manual_seed(seed: int) -> None:
     """Seed everything random: initialisation and dropout start again from their first draw.
 
     Data order and augmentation take the seed they are given and the step number, and hold no state.
@@ -88,12 +95,12 @@ def manual_seed(seed):
     _draws.update(dict.fromkeys(STREAMS, 0))
 
 
-def seed():
+def seed() -> int:
     """The seed in force."""
     return _seed
 
 
-def next_draw(name):
+def next_draw(name: str) -> tuple[Stream, int]:
     """(stream, draw number): the next unused draw of the stream `name`."""
     stream = Stream(_seed, name)
     draw = _draws[name]
@@ -101,12 +108,12 @@ def next_draw(name):
     return stream, draw
 
 
-def state():
+def state() -> dict[str, Any]:
     """The generator's whole state as a JSON-able dict; `set_state` goes on from it."""
     return {"seed": _seed, "draws": dict(_draws)}
 
 
-def set_state(saved):
+def set_state(saved: dict[str, Any]) -> None:
     """Go on from what `state` returned. Raises ArgumentError for anything else."""
     global _seed
     valid = isinstance(saved, dict) and set(saved) == {"seed", "draws"} and set(saved["draws"]) == set(STREAMS)

@@ -1,5 +1,7 @@
 """Data sets as uint8 arrays in memory, and the loader that makes training batches of them."""
 
+from __future__ import annotations
+
 import os
 from typing import NamedTuple
 
@@ -32,12 +34,12 @@ class Dataset(NamedTuple):
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
-    classes: list
+    classes: list[str]
     source: str
     note: str = ""
 
 
-def load(name="auto", data_dir=None, download=False):
+def load(name: str = "auto", data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> Dataset:
     """Load a data set: "cifar10", "cifar100", "shapes10", or "auto": cifar10 if it is there, else shapes10.
 
     CIFAR is looked for in `data_dir`, then $TINYRES_DATA, then the user's cache folder: each may be the extracted

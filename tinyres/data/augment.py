@@ -1,8 +1,14 @@
 """Batches: normalised, cropped and flipped on the fly from uint8 images, as a pure function of seed and step."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 from tinyres import backend
+from tinyres.backend import Array, Device
 from tinyres.backend.random import Stream
 from tinyres.errors import ArgumentError, DtypeError, ShapeError, expect
 
@@ -26,9 +32,28 @@ class Loader:
     would have seen. Raises ShapeError, DtypeError or ArgumentError for arguments that do not fit.
     """
 
+    device: Device
+    images: Array
+    labels: np.ndarray
+    batch_size: int
+    mean: Array
+    scale: Array
+    augment: bool
+    shuffle: bool
+    steps_per_epoch: int
+
     def __init__(
-        self, images, labels, batch_size, seed=0, mean=0.0, scale=1.0, augment=False, shuffle=False, device="cpu"
-    ):
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        batch_size: int,
+        seed: int = 0,
+        mean: ArrayLike = 0.0,
+        scale: ArrayLike = 1.0,
+        augment: bool = False,
+        shuffle: bool = False,
+        device: str | Device = "cpu",
+    ) -> None:
         def check(condition, rule, error=ShapeError, **got):
             expect(condition, "data.Loader", rule, error, **got)
 
@@ -76,7 +101,7 @@ class Loader:
         expect(np.isfinite(value).all(), "data.Loader", f"{name} must be finite", ArgumentError, **{name: value})
         return self.device.asarray(np.ascontiguousarray(np.broadcast_to(value, shape)))
 
-    def batch(self, step):
+    def batch(self, step: int) -> tuple[Array, Array]:
         """The batch of training step 0, 1, 2, ...: x (N, H, W, C) float32 and labels (N,) int64."""
         valid = isinstance(step, (int, np.integer)) and step >= 0
         expect(valid, "data.Loader", "step must be a non-negative integer", ArgumentError, step=repr(step))
@@ -90,7 +115,7 @@ class Loader:
         top, left = ((np.floor(draw * places) - PADDING).astype(np.int32) for draw in (top, left))
         return self._make(index, top, left, (flip < 0.5).astype(np.uint8))
 
-    def epoch(self):
+    def epoch(self) -> Iterator[tuple[Array, Array]]:
         """Every image once, in order and not augmented, as (x, labels) batches; the last one may be smaller."""
         for start in range(0, len(self.images), self.batch_size):
             yield self._make(np.arange(start, min(start + self.batch_size, len(self.images))))
@@ -112,7 +137,7 @@ class Loader:
         return x, asarray(self.labels[index])
 
 
-def statistics(images):
+def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean and spread of uint8 images (L, H, W, C) on the 0-255 scale, all float32.
 
     Returns pixel_mean (H, W, C), channel_mean (C,) and channel_std (C,), the last two over all pixels of all images.
@@ -132,4 +157,5 @@ def statistics(images):
     channel_mean = total.sum(axis=(0, 1)) / count
     variance = squares.sum(axis=(0, 1)) / count - channel_mean**2
     pixel_mean = total / len(images)
-    return tuple(np.asarray(a, np.float32) for a in (pixel_mean, channel_mean, np.sqrt(np.maximum(variance, 0))))
+    channel_std = np.sqrt(np.maximum(variance, 0))
+    return pixel_mean.astype(np.float32), channel_mean.astype(np.float32), channel_std.astype(np.float32)

@@ -5,6 +5,8 @@ as the folder in it. All four are read; the binary form is preferred, and the pi
 can build arrays and containers and nothing else. Archives are read in place: nothing is ever extracted.
 """
 
+from __future__ import annotations
+
 import io
 import os
 import pickle
@@ -29,8 +31,8 @@ class Form(NamedTuple):
     size: int
     md5: str
     folder: str
-    train: tuple
-    test: tuple
+    train: tuple[str, ...]
+    test: tuple[str, ...]
     meta: str
     label_bytes: int  # in front of a binary record, the label being the last of them; 0 marks the pickled form
     label_key: str = ""  # in the pickles
@@ -104,7 +106,7 @@ class Found(NamedTuple):
 # Find -----------------------------------------------------------------------------------------------------------------
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """The user's cache folder for tinyres: $XDG_CACHE_HOME/tinyres, or what the system uses in its place."""
     if os.environ.get("XDG_CACHE_HOME"):
         return Path(os.environ["XDG_CACHE_HOME"]) / "tinyres"
@@ -114,13 +116,13 @@ def cache_folder():
     return Path(os.path.expanduser(usual)) / "tinyres"
 
 
-def folders(data_dir=None):
+def folders(data_dir: str | os.PathLike[str] | None = None) -> list[Path]:
     """The folders that are searched, in order: `data_dir`, $TINYRES_DATA, the cache."""
     named = [data_dir, os.environ.get("TINYRES_DATA"), cache_folder()]
     return [Path(folder) for folder in named if folder]
 
 
-def find(name, data_dir=None):
+def find(name: str, data_dir: str | os.PathLike[str] | None = None) -> Found | None:
     """The first place that holds the set `name`, as Found, or None. Nothing is opened yet."""
     for root in folders(data_dir):
         for form in FORMS[name]:
@@ -136,7 +138,7 @@ def find(name, data_dir=None):
 # Verify ---------------------------------------------------------------------------------------------------------------
 
 
-def verify(path, form):
+def verify(path: Path, form: Form) -> None:
     """Raise DataError unless the archive at `path` has the official size and MD5.
 
     A good archive is hashed once: a stamp file beside it, where the folder is writable, holds its size and time of
@@ -177,7 +179,7 @@ def _check(condition, where, what, **got):
 # Read -----------------------------------------------------------------------------------------------------------------
 
 
-def read(name, found):
+def read(name: str, found: Found) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """Read a set that `find` found.
 
     Returns train_images (L, 32, 32, 3) uint8, train_labels (L,) int64, test_images, test_labels and the list of
@@ -366,7 +368,7 @@ def _pickled_batch(where, content, form):
 # Download -------------------------------------------------------------------------------------------------------------
 
 
-def download(name, data_dir=None):
+def download(name: str, data_dir: str | os.PathLike[str] | None = None) -> Found:
     """Fetch the binary archive into `data_dir`, $TINYRES_DATA or the cache, whichever is first; returns its Found.
 
     The server is the official one, or $TINYRES_CIFAR_URL. Bytes go into a .part file, from which an interrupted

@@ -8,6 +8,8 @@ Only operations that IEEE 754 rounds exactly are used on pixels (no sines, no li
 the same bits on every machine.
 """
 
+from __future__ import annotations
+
 import math
 
 import numpy as np
@@ -26,7 +28,9 @@ SINE = np.array([math.sin(2 * math.pi * k / ANGLES) for k in range(ANGLES)], np.
 PENTAGON = [(math.cos(math.pi * (0.5 + 0.4 * k)), math.sin(math.pi * (0.5 + 0.4 * k))) for k in range(5)]
 
 
-def shapes10(train=20_000, test=4_000, seed=0):
+def shapes10(
+    train: int = 20_000, test: int = 4_000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, list[str]]:
     """Draw the set: `train` and `test` images, classes balanced within every 250 of them.
 
     Returns train_images (train, 32, 32, 3) uint8, train_labels (train,) int64, test_images, test_labels and the

@@ -5,6 +5,8 @@ output size    32 x 32   16 x 16   8 x 8
 filters        16        32        64
 """
 
+from __future__ import annotations
+
 from tinyres.errors import ArgumentError, expect
 from tinyres.nn import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, ReLU, Residual, Sequential, shortcut
 from tinyres.ops import checks
@@ -12,7 +14,7 @@ from tinyres.ops import checks
 WIDTHS = (16, 32, 64)
 
 
-def cifar_resnet(depth, shortcut="A", plain=False, num_classes=10):
+def cifar_resnet(depth: int, shortcut: str = "A", plain: bool = False, num_classes: int = 10) -> Sequential:
     """The network of `depth` layers for (N, 32, 32, 3) images; logits (N, num_classes).
 
     depth     6n + 2: 20, 32, 44, 56, 110, 1202 in the paper

@@ -7,9 +7,12 @@
 A pattern stays as it is where one of its modules has a forward hook: the hook could not see what it asked for.
 """
 
+from __future__ import annotations
+
 import itertools
 
 from tinyres import ops
+from tinyres.autograd import Tensor
 from tinyres.errors import DtypeError, expect
 from tinyres.nn.layers import BatchNorm2d, Identity, ReLU
 from tinyres.nn.module import Module, Sequential
@@ -25,7 +28,7 @@ class BatchNormReLU2d(BatchNorm2d):
 class BatchNormAddReLU2d(BatchNorm2d):
     """relu(batch_norm(x) + residual) in one pass; called with (x, residual)."""
 
-    def forward(self, x, residual):
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]  # a second input
         return ops.batch_norm_add_relu(
             x,
             residual,
@@ -42,7 +45,7 @@ class BatchNormAddReLU2d(BatchNorm2d):
 class FusedResidual(Residual):
     """A Residual whose join, activation and, where there is one, last batch norm are one pass."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if self.pre is not None:
             x = self.pre(x)
         *branch, last = self.branch
@@ -55,7 +58,7 @@ class FusedResidual(Residual):
         return ops.add_relu(last(h), shortcut)
 
 
-def fuse(model):
+def fuse(model: Module) -> Module:
     """`model` with the patterns above fused: a new tree of modules over the same parameters and buffers.
 
     Training either trains both, and `state_dict` has the same names. Raises DtypeError unless given a Module.

@@ -1,5 +1,7 @@
 """Initial weights, drawn from the random stream "init" (`tinyres.manual_seed`)."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np
@@ -7,7 +9,7 @@ import numpy as np
 from tinyres.backend import random
 
 
-def he_normal(shape, fan_in):
+def he_normal(shape: tuple[int, ...], fan_in: int) -> np.ndarray:
     """N(0, 2 / fan_in), float32: keeps the variance of activations through ReLU layers (He et al. 2015, "Delving
     deep into rectifiers", equation 10)."""
     stream, draw = random.next_draw("init")

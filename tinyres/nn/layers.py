@@ -1,11 +1,16 @@
 """The layers: each holds its parameters and calls one op. Parameters are float32 on the default device."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from tinyres import backend, ops
+from tinyres.autograd import Tensor
+from tinyres.backend import Array
 from tinyres.nn import init
 from tinyres.nn.module import Module, Parameter
 from tinyres.ops import checks
+from tinyres.ops.checks import Pair
 
 
 class Conv2d(Module):
@@ -15,7 +20,18 @@ class Conv2d(Module):
     bias    (out,), zeros, where `bias`
     """
 
-    def __init__(self, in_channels, out_channels, window, stride=1, padding=0, bias=False):
+    weight: Parameter
+    bias: Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        window: Pair,
+        stride: Pair = 1,
+        padding: Pair = 0,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         in_channels = checks.integer("Conv2d", "in_channels", in_channels, 1)
         out_channels = checks.integer("Conv2d", "out_channels", out_channels, 1)
@@ -28,10 +44,10 @@ class Conv2d(Module):
         self.weight = Parameter(init.he_normal(shape, fan_in=shape[0] * shape[1] * shape[2]))
         self.bias = Parameter(np.zeros(out_channels, np.float32)) if checks.flag("Conv2d", "bias", bias) else None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ops.conv2d(x, self.weight, self.bias, self.stride, self.padding)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         R, S, C, K = self.weight.shape
         bias = "" if self.bias is None else ", bias=True"
         return f"{C}, {K}, window={R}x{S}, stride={self.stride}, padding={self.padding}{bias}"
@@ -44,7 +60,10 @@ class Linear(Module):
     bias    (out,), zeros, unless `bias` is False
     """
 
-    def __init__(self, in_features, out_features, bias=True):
+    weight: Parameter
+    bias: Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
         shape = (
             checks.integer("Linear", "in_features", in_features, 1),
@@ -53,10 +72,10 @@ class Linear(Module):
         self.weight = Parameter(init.he_normal(shape, fan_in=shape[0]))
         self.bias = Parameter(np.zeros(shape[1], np.float32)) if checks.flag("Linear", "bias", bias) else None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight, self.bias)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, {self.weight.shape[1]}{'' if self.bias is not None else ', bias=False'}"
 
 
@@ -67,9 +86,13 @@ class BatchNorm2d(Module):
     running_mean, running_var  buffers (C,): zeros and ones, updated in training, used in evaluation
     """
 
+    gamma: Parameter
+    beta: Parameter
+    running_mean: Array
+    running_var: Array
     op = staticmethod(ops.batch_norm)
 
-    def __init__(self, channels, momentum=0.1, eps=1e-5):
+    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
         channels = checks.integer("BatchNorm2d", "channels", channels, 1)
         self.momentum = checks.fraction("BatchNorm2d", "momentum", momentum, one=True)
@@ -80,26 +103,26 @@ class BatchNorm2d(Module):
         self.register_buffer("running_mean", device.asarray(np.zeros(channels, np.float32)))
         self.register_buffer("running_var", device.asarray(np.ones(channels, np.float32)))
 
-    def forward(self, *inputs):
+    def forward(self, x: Tensor) -> Tensor:
         return self.op(
-            *inputs, self.gamma, self.beta, self.running_mean, self.running_var, self.training, self.momentum, self.eps
+            x, self.gamma, self.beta, self.running_mean, self.running_var, self.training, self.momentum, self.eps
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.gamma.shape[0]}, momentum={self.momentum}, eps={self.eps}"
 
 
 class ReLU(Module):
     """max(x, 0)."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ops.relu(x)
 
 
 class Identity(Module):
     """x itself."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x
 
 
@@ -108,17 +131,17 @@ class MaxPool2d(Module):
 
     op = staticmethod(ops.max_pool2d)
 
-    def __init__(self, window, stride=None, padding=0):
+    def __init__(self, window: Pair, stride: Pair | None = None, padding: Pair = 0) -> None:
         super().__init__()
         name = type(self).__name__
         self.window = checks.pair(name, "window", window, 1)
         self.stride = self.window if stride is None else checks.pair(name, "stride", stride, 1)
         self.padding = checks.pair(name, "padding", padding, 0)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.op(x, self.window, self.stride, self.padding)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"window={self.window}, stride={self.stride}, padding={self.padding}"
 
 
@@ -131,26 +154,26 @@ class AvgPool2d(MaxPool2d):
 class GlobalAvgPool2d(Module):
     """The mean over the image: (N, H, W, C) to (N, C)."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ops.global_avg_pool2d(x)
 
 
 class Flatten(Module):
     """(N, ...) to (N, product of the rest)."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ops.flatten(x)
 
 
 class Dropout(Module):
     """In training, zeroes elements with probability p and scales the rest (`ops.dropout`)."""
 
-    def __init__(self, p=0.5):
+    def __init__(self, p: float = 0.5) -> None:
         super().__init__()
         self.p = checks.fraction("Dropout", "p", p)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return ops.dropout(x, self.p, self.training)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -1,10 +1,20 @@
 """Module: a tree of layers with named parameters and buffers."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, ItemsView, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, overload
+
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from tinyres import backend
 from tinyres.autograd import FLOATS, Handle, Tensor, tensor
+from tinyres.backend import Array, Device
 from tinyres.errors import ArgumentError, CheckpointError, DtypeError, expect
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Parameter(Tensor):
@@ -12,14 +22,14 @@ class Parameter(Tensor):
 
     __slots__ = ()
 
-    def __init__(self, array, device=None):
+    def __init__(self, array: Tensor | ArrayLike, device: str | Device | None = None) -> None:
         device = backend.get(device)
         if isinstance(array, Tensor):
             array = array.data
         data = tensor(array, requires_grad=True, device=device).data
         super().__init__(device.kernels.broadcast_to(data, data.shape), True, device)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Parameter({super().__repr__()})"
 
 
@@ -30,22 +40,28 @@ class Module:
     `super().__init__()` first.
     """
 
-    def __init__(self):
+    training: bool
+    _parameters: dict[str, Parameter]
+    _buffers: dict[str, Array]
+    _modules: dict[str, Module]
+    _forward_hooks: dict[object, Callable[..., object]]
+
+    def __init__(self) -> None:
         # Past __setattr__, which would look for these.
         self.__dict__.update(_parameters={}, _buffers={}, _modules={}, _forward_hooks={}, training=True)
 
-    def forward(self, *inputs):
+    def forward(self, *inputs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
 
-    def __call__(self, *inputs):
+    def __call__(self, *inputs: Any) -> Any:
         output = self.forward(*inputs)
         if self._forward_hooks:
             for hook in list(self._forward_hooks.values()):
                 hook(self, inputs, output)
         return output
 
-    def __setattr__(self, name, value):
-        tables = self.__dict__.get("_parameters"), self.__dict__.get("_buffers"), self.__dict__.get("_modules")
+    def __setattr__(self, name: str, value: Any) -> None:
+        tables: Any = self.__dict__.get("_parameters"), self.__dict__.get("_buffers"), self.__dict__.get("_modules")
         expect(
             tables[0] is not None,
             type(self).__name__,
@@ -73,36 +89,36 @@ class Module:
             self.__dict__.pop(name, None)
             table[name] = value
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         for table in ("_parameters", "_buffers", "_modules"):
             if name in self.__dict__.get(table, ()):
                 return self.__dict__[table][name]
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
-    def register_buffer(self, name, array):
+    def register_buffer(self, name: str, array: Array) -> None:
         """Keep `array`, an array of the default device, as state that is saved but not trained."""
         self._buffers[name] = array
 
-    def register_forward_hook(self, hook):
+    def register_forward_hook(self, hook: Callable[[Any, tuple[Any, ...], Any], object]) -> Handle:
         """Call `hook(module, inputs, output)` after each forward. Returns a handle whose `remove()` ends it."""
         return Handle(self._forward_hooks, hook)
 
-    def children(self):
+    def children(self) -> ItemsView[str, Module]:
         """The modules directly below, as (name, module)."""
         return self._modules.items()
 
-    def named_modules(self, prefix=""):
+    def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """(dotted name, module) for this module (its name is the prefix) and all below, parents first."""
         yield prefix, self
         for name, child in self.children():
             yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
 
-    def modules(self):
+    def modules(self) -> Iterator[Module]:
         """This module and all below, parents first."""
         for _, module in self.named_modules():
             yield module
 
-    def named_parameters(self):
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(dotted name, Parameter), each parameter once, in the order of assignment."""
         seen = set()
         for prefix, module in self.named_modules():
@@ -111,38 +127,38 @@ class Module:
                     seen.add(id(parameter))
                     yield (f"{prefix}.{name}" if prefix else name), parameter
 
-    def parameters(self):
+    def parameters(self) -> Iterator[Parameter]:
         """The Parameters, each once, in the order of assignment."""
         for _, parameter in self.named_parameters():
             yield parameter
 
-    def named_buffers(self):
+    def named_buffers(self) -> Iterator[tuple[str, Array]]:
         """(dotted name, array) of the state that is saved but not trained."""
         for prefix, module in self.named_modules():
             for name, array in module._buffers.items():
                 yield (f"{prefix}.{name}" if prefix else name), array
 
-    def buffers(self):
+    def buffers(self) -> Iterator[Array]:
         """The arrays that are saved but not trained."""
         for _, array in self.named_buffers():
             yield array
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Self:
         """Set training mode (batch statistics, dropout) here and below; returns the module."""
         for module in self.modules():
             module.training = bool(mode)
         return self
 
-    def eval(self):
+    def eval(self) -> Self:
         """Set evaluation mode here and below; returns the module."""
         return self.train(False)
 
-    def zero_grad(self):
+    def zero_grad(self) -> None:
         """Forget all gradients: each parameter's `grad` becomes None."""
         for parameter in self.parameters():
             parameter.zero_grad()
 
-    def to(self, device=None, dtype=None):
+    def to(self, device: str | Device | None = None, dtype: DTypeLike | None = None) -> Self:
         """Move parameters and buffers to a device and/or dtype (float32 or float64), in place; returns the module.
 
         Gradients are forgotten. Raises DtypeError or DeviceError before anything is moved.
@@ -164,13 +180,13 @@ class Module:
                 module._buffers[name] = home.asarray(array, dtype)
         return self
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, np.ndarray]:
         """Copies of all parameters and buffers as a flat dict: dotted name -> NumPy array."""
         state = {name: parameter.numpy().copy() for name, parameter in self.named_parameters()}
         state.update((name, np.array(array)) for name, array in self.named_buffers())
         return state
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Copy the arrays of `state` (as from `state_dict`) into the parameters and buffers, casting to their dtypes.
 
         Raises CheckpointError, before anything is changed, listing every name that is missing, unexpected or of
@@ -196,11 +212,11 @@ class Module:
         for name, array in own.items():
             array[...] = state[name]
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         """What `print` shows between the parentheses of a layer."""
         return ""
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         lines = [f"  ({name}): " + repr(child).replace("\n", "\n  ") for name, child in self.children()]
         head = f"{type(self).__name__}({self.extra_repr()}"
         return head + ("\n" + "\n".join(lines) + "\n)" if lines else ")")
@@ -214,7 +230,7 @@ def _is_numeric(array):
 class Sequential(Module):
     """Modules applied one after another. Indexing gives a module, slicing a Sequential of the same modules."""
 
-    def __init__(self, *modules):
+    def __init__(self, *modules: Module) -> None:
         super().__init__()
         for i, module in enumerate(modules):
             expect(
@@ -226,18 +242,22 @@ class Sequential(Module):
             )
             setattr(self, str(i), module)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for module in self._modules.values():
             x = module(x)
         return x
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._modules)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Module]:
         return iter(self._modules.values())
 
-    def __getitem__(self, index):
+    @overload
+    def __getitem__(self, index: int) -> Module: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequential: ...
+    def __getitem__(self, index: int | slice) -> Module:
         modules = list(self._modules.values())
         if isinstance(index, slice):
             return Sequential(*modules[index])

@@ -1,6 +1,9 @@
 """Residual units and the shortcuts of He et al. 2015, section 3.3."""
 
+from __future__ import annotations
+
 from tinyres import ops
+from tinyres.autograd import Tensor
 from tinyres.errors import ArgumentError, DtypeError, expect
 from tinyres.nn.layers import BatchNorm2d, Conv2d, ReLU
 from tinyres.nn.module import Module, Sequential
@@ -22,7 +25,14 @@ class Residual(Module):
     the first activation.
     """
 
-    def __init__(self, *branch, shortcut=None, activation=_RELU, pre=None, join=None):
+    def __init__(
+        self,
+        *branch: Module,
+        shortcut: Module | None = None,
+        activation: Module | None = _RELU,
+        pre: Module | None = None,
+        join: Module | None = None,
+    ) -> None:
         super().__init__()
         activation = ReLU() if activation is _RELU else activation
         for name, part in (("shortcut", shortcut), ("activation", activation), ("pre", pre), ("join", join)):
@@ -40,7 +50,7 @@ class Residual(Module):
         self.join = join
         self.activation = activation
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         if self.pre is not None:
             x = self.pre(x)
         branch = self.branch(x)
@@ -52,7 +62,7 @@ class Residual(Module):
 class ZeroPadShortcut(Module):
     """Option A: every stride-th pixel, and zeros for the channels that are new. No parameters."""
 
-    def __init__(self, in_channels, out_channels, stride):
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         expect(
             out_channels >= in_channels,
@@ -64,16 +74,16 @@ class ZeroPadShortcut(Module):
         )
         self.stride, self.new_channels = stride, out_channels - in_channels
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         before = self.new_channels // 2
         x = ops.getitem(x, (slice(None), slice(None, None, self.stride), slice(None, None, self.stride)))
         return ops.pad(x, ((0, 0), (0, 0), (0, 0), (before, self.new_channels - before)))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"stride={self.stride}, new_channels={self.new_channels}"
 
 
-def shortcut(option, in_channels, out_channels, stride):
+def shortcut(option: str, in_channels: int, out_channels: int, stride: int) -> Module | None:
     """The shortcut module of a unit, None for the identity (He et al. 2015, section 3.3 and Table 3).
 
     option  "A": zero padding where the dimensions change; "B": a projection there (1x1 convolution and batch norm);

@@ -1,5 +1,7 @@
 """The operations on Tensors. Each checks its arguments once, then records a Function that calls kernels."""
 
+# mypy: disable-error-code="method-assign, assignment"
+
 from tinyres.autograd import Tensor
 from tinyres.ops.batch_norm import batch_norm, batch_norm_add_relu, batch_norm_relu
 from tinyres.ops.conv2d import conv2d
@@ -39,7 +41,7 @@ def _one_or_many(sizes):
     return sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
 
 
-# Arithmetic and methods of Tensor, bound here because autograd.py knows no op.
+# Arithmetic and methods of Tensor, bound here because autograd.py knows no op; it declares them for type checkers.
 Tensor.__add__ = add
 Tensor.__radd__ = lambda self, other: add(other, self)
 Tensor.__sub__ = sub

@@ -6,7 +6,10 @@ running statistics are used (PyTorch's conventions). Ioffe and Szegedy 2015; the
 kernel, in csrc/cpu/batch_norm.cpp.
 """
 
-from tinyres.autograd import Function
+from __future__ import annotations
+
+from tinyres.autograd import Function, Tensor
+from tinyres.backend import Array
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, expect
 from tinyres.ops import checks
 
@@ -70,7 +73,16 @@ class BatchNormAddReLU(Function):
         return self.kernels.batch_norm_add_relu_backward(dy, x, y, gamma, *statistics)
 
 
-def batch_norm(x, gamma, beta, running_mean=None, running_var=None, training=True, momentum=0.1, eps=1e-5):
+def batch_norm(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
     """Normalise each channel of `x`.
 
     x            (..., C), at least two values a channel in training
@@ -83,15 +95,32 @@ def batch_norm(x, gamma, beta, running_mean=None, running_var=None, training=Tru
     return BatchNorm.apply(x, gamma, beta, **settings)
 
 
-def batch_norm_relu(x, gamma, beta, running_mean=None, running_var=None, training=True, momentum=0.1, eps=1e-5):
+def batch_norm_relu(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
     """relu(batch_norm(x)) in one pass; arguments and errors of `batch_norm`."""
     settings = _check("batch_norm_relu", x, gamma, beta, running_mean, running_var, training, momentum, eps)
     return BatchNormReLU.apply(x, gamma, beta, **settings)
 
 
 def batch_norm_add_relu(
-    x, residual, gamma, beta, running_mean=None, running_var=None, training=True, momentum=0.1, eps=1e-5
-):
+    x: Tensor,
+    residual: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    running_mean: Array | None = None,
+    running_var: Array | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
     """relu(batch_norm(x) + residual) in one pass: how a unit of He et al. 2015 (Fig. 2) ends.
 
     `residual` has the shape of x; other arguments and errors as `batch_norm`.

@@ -1,18 +1,23 @@
 """What ops check of their arguments before anything is computed."""
 
+from __future__ import annotations
+
 import numbers
 import operator
 import sys
+from typing import Any
 
 import numpy as np
 
 from tinyres.autograd import FLOATS, Tensor
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, expect
 
+Pair = int | tuple[int, int]  # one for both, or (height, width)
+
 LIMIT = 2**40  # of sizes and strides: beyond any memory, and far from the end of a 64-bit integer
 
 
-def operands(op, **tensors):
+def operands(op: str, **tensors: Tensor) -> None:
     """Each is a float32 or float64 Tensor, and all have one dtype and one device."""
     first = None
     for name, x in tensors.items():
@@ -30,13 +35,13 @@ def operands(op, **tensors):
             raise DeviceError(f"[{op}] operands must be on one device; got {got}")
 
 
-def rank(op, name, x, letters):
+def rank(op: str, name: str, x: Tensor, letters: str | tuple[str, ...]) -> None:
     """`x` has one axis per letter of `letters`, such as "NHWC", and none of them is empty."""
     if x.ndim != len(letters) or 0 in x.shape:
         raise ShapeError(f"[{op}] {name} must be ({', '.join(letters)}) with no empty axis; got {name} {x.shape}")
 
 
-def integer(op, name, value, minimum):
+def integer(op: str, name: str, value: Any, minimum: float) -> int:
     """`value` as an int that is at least `minimum`."""
     try:
         whole = operator.index(value)
@@ -47,7 +52,7 @@ def integer(op, name, value, minimum):
     return whole
 
 
-def pair(op, name, value, minimum):
+def pair(op: str, name: str, value: Any, minimum: int) -> tuple[int, int]:
     """An integer, or one for height and one for width, as a pair of ints of at least `minimum`."""
     if isinstance(value, (tuple, list)):
         expect(len(value) == 2, op, f"{name} must be an integer or a pair", ArgumentError, **{name: value})
@@ -55,7 +60,9 @@ def pair(op, name, value, minimum):
     return (integer(op, name, value, minimum),) * 2
 
 
-def fits(op, shape, window, stride, padding):
+def fits(
+    op: str, shape: tuple[int, ...], window: tuple[int, ...], stride: tuple[int, int], padding: tuple[int, int]
+) -> tuple[int, int]:
     """The padded image is at least as large as the window; returns the output size (P, Q)."""
     H, W = shape[1] + 2 * padding[0], shape[2] + 2 * padding[1]
     expect(
@@ -69,7 +76,7 @@ def fits(op, shape, window, stride, padding):
     return (H - window[0]) // stride[0] + 1, (W - window[1]) // stride[1] + 1
 
 
-def fraction(op, name, value, one=False):
+def fraction(op: str, name: str, value: Any, one: bool = False) -> float:
     """`value` as a float in [0, 1), or [0, 1] where `one`."""
     number = real(op, name, value)
     valid = 0 <= number < 1 or (one and number == 1)
@@ -77,7 +84,7 @@ def fraction(op, name, value, one=False):
     return number
 
 
-def real(op, name, value):
+def real(op: str, name: str, value: Any) -> float:
     """`value` as a finite float."""
     number = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
     valid = number and -sys.float_info.max <= value <= sys.float_info.max
@@ -85,13 +92,13 @@ def real(op, name, value):
     return float(value)
 
 
-def flag(op, name, value):
+def flag(op: str, name: str, value: Any) -> bool:
     """`value`, True or False, as a bool."""
     expect(isinstance(value, (bool, np.bool_)), op, f"{name} must be True or False", DtypeError, **{name: repr(value)})
     return bool(value)
 
 
-def axes(op, axis, ndim):
+def axes(op: str, axis: Any, ndim: int) -> tuple[int, ...]:
     """None, an int or a sequence of ints as a sorted tuple of distinct axes in 0 .. ndim-1."""
     if axis is None:
         return tuple(range(ndim))

@@ -5,9 +5,12 @@ y[n, p, q, k] = sum over r, s, c of x[n, p sh + r - ph, q sw + s - pw, c] w[r, s
 The gradients are derived beside the kernels, in csrc/cpu/conv2d.cpp.
 """
 
-from tinyres.autograd import Function
+from __future__ import annotations
+
+from tinyres.autograd import Function, Tensor
 from tinyres.errors import expect
 from tinyres.ops import checks
+from tinyres.ops.checks import Pair
 
 
 class Conv2d(Function):
@@ -30,7 +33,7 @@ class Conv2d(Function):
         return dx, dw, db
 
 
-def conv2d(x, w, b=None, stride=1, padding=0):
+def conv2d(x: Tensor, w: Tensor, b: Tensor | None = None, stride: Pair = 1, padding: Pair = 0) -> Tensor:
     """Slide `w` over the zero-padded `x`.
 
     x        (N, H, W, C), float32 or float64

@@ -1,10 +1,12 @@
 """Elementwise ops. Two operands broadcast as in NumPy; either may be a number, or an array of the other's dtype."""
 
+from __future__ import annotations
+
 import numbers
 
 import numpy as np
 
-from tinyres.autograd import Function, Tensor
+from tinyres.autograd import Function, Operand, Tensor
 from tinyres.backend import random
 from tinyres.errors import DtypeError, ShapeError, expect
 from tinyres.ops import checks
@@ -210,27 +212,27 @@ class Dropout(Function):
         return self.kernels.dropout(dy, *self.saved)  # the mask is drawn again, not stored
 
 
-def add(a, b):
+def add(a: Operand, b: Operand) -> Tensor:
     """a + b, broadcast. Raises DtypeError, DeviceError or ShapeError where the operands do not fit together."""
     return Add.apply(*_operands("add", a, b))
 
 
-def sub(a, b):
+def sub(a: Operand, b: Operand) -> Tensor:
     """a - b, broadcast. Raises as `add`."""
     return Sub.apply(*_operands("sub", a, b))
 
 
-def mul(a, b):
+def mul(a: Operand, b: Operand) -> Tensor:
     """a * b, broadcast. Raises as `add`."""
     return Mul.apply(*_operands("mul", a, b))
 
 
-def div(a, b):
+def div(a: Operand, b: Operand) -> Tensor:
     """a / b, broadcast. Raises as `add`."""
     return Div.apply(*_operands("div", a, b))
 
 
-def pow(a, b):
+def pow(a: Operand, b: Operand) -> Tensor:
     """a ** b, broadcast; NaN for a negative a and a fractional b. Raises as `add`.
 
     The gradient by b is 0 where a is 0.
@@ -238,54 +240,54 @@ def pow(a, b):
     return Pow.apply(*_operands("pow", a, b))
 
 
-def maximum(a, b):
+def maximum(a: Operand, b: Operand) -> Tensor:
     """The larger of a and b, broadcast; a tie shares the gradient equally. Raises as `add`."""
     return Maximum.apply(*_operands("maximum", a, b))
 
 
-def neg(x):
+def neg(x: Tensor) -> Tensor:
     """-x. Raises DtypeError unless x is a float32 or float64 Tensor, as do the ops below."""
     checks.operands("neg", x=x)
     return Neg.apply(x)
 
 
-def exp(x):
+def exp(x: Tensor) -> Tensor:
     """e ** x."""
     checks.operands("exp", x=x)
     return Exp.apply(x)
 
 
-def log(x):
+def log(x: Tensor) -> Tensor:
     """The natural logarithm; NaN below 0."""
     checks.operands("log", x=x)
     return Log.apply(x)
 
 
-def sqrt(x):
+def sqrt(x: Tensor) -> Tensor:
     """The square root; NaN below 0, and an infinite gradient at 0."""
     checks.operands("sqrt", x=x)
     return Sqrt.apply(x)
 
 
-def sigmoid(x):
+def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + e ** -x)."""
     checks.operands("sigmoid", x=x)
     return Sigmoid.apply(x)
 
 
-def tanh(x):
+def tanh(x: Tensor) -> Tensor:
     """The hyperbolic tangent."""
     checks.operands("tanh", x=x)
     return Tanh.apply(x)
 
 
-def relu(x):
+def relu(x: Tensor) -> Tensor:
     """max(x, 0); the gradient at 0 is 0."""
     checks.operands("relu", x=x)
     return ReLU.apply(x)
 
 
-def dropout(x, p=0.5, training=True):
+def dropout(x: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """Zero each element with probability p and scale the others by 1 / (1 - p); x itself unless training.
 
     The mask is the next draw of the random stream "dropout" (`tinyres.manual_seed`).

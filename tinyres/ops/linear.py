@@ -1,8 +1,10 @@
 """Matrix products: matmul, and the linear layer. Gradients: Y = A B gives dA = dY B^T, dB = A^T dY."""
 
+from __future__ import annotations
+
 import numpy as np
 
-from tinyres.autograd import Function
+from tinyres.autograd import Function, Tensor
 from tinyres.errors import ShapeError, expect
 from tinyres.ops import checks
 
@@ -35,7 +37,7 @@ class Linear(Function):
         return dx, dw, k.sum(dy, (0,), False) if self.needs[2] else None
 
 
-def matmul(a, b):
+def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b for a (..., M, K) and b (..., K, N); leading axes broadcast. Raises ShapeError where they do not fit."""
     checks.operands("matmul", a=a, b=b)
     expect(a.ndim >= 2 and b.ndim >= 2, "matmul", "operands must have at least two axes", a=a.shape, b=b.shape)
@@ -47,7 +49,7 @@ def matmul(a, b):
     return MatMul.apply(a, b)
 
 
-def linear(x, w, b=None):
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x @ w + b for x (N, in), w (in, out), b (out,) or None: (N, out). Raises ShapeError where they do not fit."""
     checks.operands("linear", x=x, w=w, **({} if b is None else {"b": b}))
     checks.rank("linear", "x", x, ("N", "in"))

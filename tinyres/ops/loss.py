@@ -1,8 +1,14 @@
 """Softmax cross-entropy, from logits."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from tinyres.autograd import Function, Tensor
+from tinyres.backend import Array
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, expect
 from tinyres.ops import checks
 
@@ -19,7 +25,7 @@ class CrossEntropy(Function):
         return self.kernels.mul(self.saved, dy)
 
 
-def cross_entropy(logits, labels, label_smoothing=0.0):
+def cross_entropy(logits: Tensor, labels: Tensor | Array | Sequence[int], label_smoothing: float = 0.0) -> Tensor:
     """The mean over N of -sum_k target_k log softmax(logits)_k.
 
     logits  (N, K)
@@ -30,23 +36,23 @@ def cross_entropy(logits, labels, label_smoothing=0.0):
     op = "cross_entropy"
     checks.operands(op, logits=logits)
     checks.rank(op, "logits", logits, "NK")
-    labels = labels.data if isinstance(labels, Tensor) else labels
-    if isinstance(labels, (list, tuple)):
+    array: Any = labels.data if isinstance(labels, Tensor) else labels
+    if isinstance(array, (list, tuple)):
         try:
-            labels = logits.device.asarray(labels)
+            array = logits.device.asarray(array)
         except ValueError as error:
             raise ShapeError(f"[{op}] labels must be one per row of logits ({error})") from None
     expect(
-        logits.device.owns(labels),
+        logits.device.owns(array),
         op,
         "labels must be an array on the device of logits",
         DeviceError,
-        labels=type(labels).__name__,
+        labels=type(array).__name__,
     )
-    expect(labels.dtype.kind in "iu", op, "labels must be integers", DtypeError, labels=labels.dtype)
+    expect(array.dtype.kind in "iu", op, "labels must be integers", DtypeError, labels=array.dtype)
     N, K = logits.shape
-    expect(labels.shape == (N,), op, "labels must be one per row of logits", logits=logits.shape, labels=labels.shape)
-    low, high = int(labels.min()), int(labels.max())
+    expect(array.shape == (N,), op, "labels must be one per row of logits", logits=logits.shape, labels=array.shape)
+    low, high = int(array.min()), int(array.max())
     expect(0 <= low and high < K, op, f"labels must be in 0 .. {K - 1}", ArgumentError, smallest=low, largest=high)
     smoothing = checks.fraction(op, "label_smoothing", label_smoothing, one=True)
-    return CrossEntropy.apply(logits, labels=labels.astype(np.int64, copy=False), smoothing=smoothing)
+    return CrossEntropy.apply(logits, labels=array.astype(np.int64, copy=False), smoothing=smoothing)

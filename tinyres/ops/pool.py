@@ -1,8 +1,11 @@
 """Pooling over windows of NHWC images."""
 
-from tinyres.autograd import Function
+from __future__ import annotations
+
+from tinyres.autograd import Function, Tensor
 from tinyres.errors import ArgumentError, expect
 from tinyres.ops import checks
+from tinyres.ops.checks import Pair
 
 
 class MaxPool2d(Function):
@@ -39,7 +42,7 @@ class GlobalAvgPool2d(Function):
         return self.kernels.global_avg_pool2d_backward(dy, self.saved)
 
 
-def max_pool2d(x, window, stride=None, padding=0):
+def max_pool2d(x: Tensor, window: Pair, stride: Pair | None = None, padding: Pair = 0) -> Tensor:
     """The largest value in each window; the first of equals takes the gradient, and padding never wins.
 
     x        (N, H, W, C)
@@ -50,12 +53,12 @@ def max_pool2d(x, window, stride=None, padding=0):
     return MaxPool2d.apply(x, **_check("max_pool2d", x, window, stride, padding))
 
 
-def avg_pool2d(x, window, stride=None, padding=0):
+def avg_pool2d(x: Tensor, window: Pair, stride: Pair | None = None, padding: Pair = 0) -> Tensor:
     """The mean of each window, padding counted as zeros. Arguments, result and errors as `max_pool2d`."""
     return AvgPool2d.apply(x, **_check("avg_pool2d", x, window, stride, padding))
 
 
-def global_avg_pool2d(x):
+def global_avg_pool2d(x: Tensor) -> Tensor:
     """The mean over the whole image: (N, H, W, C) becomes (N, C). Raises ShapeError for another rank."""
     checks.operands("global_avg_pool2d", x=x)
     checks.rank("global_avg_pool2d", "x", x, "NHWC")

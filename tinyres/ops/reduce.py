@@ -1,10 +1,12 @@
 """Reductions over axes: None is all of them, an int one, a tuple several."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np
 
-from tinyres.autograd import Function
+from tinyres.autograd import Axis, Function, Tensor
 from tinyres.errors import expect
 from tinyres.ops import checks
 
@@ -52,13 +54,13 @@ class Max(Function):
         return self.kernels.max_backward(dy.reshape(y.shape), x, y, axes)
 
 
-def sum(x, axis=None, keepdims=False):
+def sum(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The sum over `axis`, accumulated in float64. Raises ShapeError for an axis that is not there."""
     checks.operands("sum", x=x)
     return Sum.apply(x, axes=checks.axes("sum", axis, x.ndim), keepdims=checks.flag("sum", "keepdims", keepdims))
 
 
-def mean(x, axis=None, keepdims=False):
+def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The mean over `axis`. Raises ShapeError for an axis that is not there or is empty."""
     checks.operands("mean", x=x)
     axes = checks.axes("mean", axis, x.ndim)
@@ -66,7 +68,7 @@ def mean(x, axis=None, keepdims=False):
     return Mean.apply(x, axes=axes, keepdims=checks.flag("mean", "keepdims", keepdims))
 
 
-def max(x, axis=None, keepdims=False):
+def max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """The largest element over `axis`; ties share the gradient equally. Raises as `mean`."""
     checks.operands("max", x=x)
     axes = checks.axes("max", axis, x.ndim)

@@ -1,6 +1,8 @@
 """The join of a residual unit in one pass: y = relu(a + b) (He et al. 2015, equation 1 and Fig. 2)."""
 
-from tinyres.autograd import Function
+from __future__ import annotations
+
+from tinyres.autograd import Function, Tensor
 from tinyres.errors import expect
 from tinyres.ops import checks
 
@@ -15,7 +17,7 @@ class AddReLU(Function):
         return da, da
 
 
-def add_relu(a, b):
+def add_relu(a: Tensor, b: Tensor) -> Tensor:
     """relu(a + b) for tensors of one shape (no broadcasting), dtype and device; else an error."""
     checks.operands("add_relu", a=a, b=b)
     expect(a.shape == b.shape, "add_relu", "a and b must have one shape", a=a.shape, b=b.shape)

@@ -1,8 +1,11 @@
 """Ops that move elements without changing them. Results are views of the input where its layout allows."""
 
-import math
+from __future__ import annotations
 
-from tinyres.autograd import Function
+import math
+from collections.abc import Sequence
+
+from tinyres.autograd import Function, Index, Tensor
 from tinyres.errors import ArgumentError, DtypeError, ShapeError, expect
 from tinyres.ops import checks
 
@@ -60,7 +63,7 @@ class Concatenate(Function):
         return tuple(dxs)
 
 
-def reshape(x, shape):
+def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
     """`x` in another shape of as many elements; one size may be -1. Raises ShapeError where that cannot be."""
     checks.operands("reshape", x=x)
     shape = tuple([checks.integer("reshape", "shape", n, -1) for n in _sequence("reshape", "shape", shape)])
@@ -71,7 +74,7 @@ def reshape(x, shape):
     return Reshape.apply(x, shape=shape)
 
 
-def flatten(x, start=1):
+def flatten(x: Tensor, start: int = 1) -> Tensor:
     """`x` with the axes from `start` on made one: (N, H, W, C) becomes (N, H W C)."""
     checks.operands("flatten", x=x)
     start = checks.integer("flatten", "start", start, 0)
@@ -79,7 +82,7 @@ def flatten(x, start=1):
     return Reshape.apply(x, shape=(*x.shape[:start], math.prod(x.shape[start:])))
 
 
-def transpose(x, axes=None):
+def transpose(x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
     """`x` with its axes in the order `axes`; reversed where None. Raises ShapeError unless it is a permutation."""
     checks.operands("transpose", x=x)
     if axes is None:
@@ -90,7 +93,7 @@ def transpose(x, axes=None):
     return Transpose.apply(x, axes=tuple([a % x.ndim for a in axes]))
 
 
-def getitem(x, index):
+def getitem(x: Tensor, index: Index) -> Tensor:
     """`x[index]` for basic indices: integers, slices (with steps), Ellipsis and None.
 
     Raises DtypeError for any other index, ShapeError for one that does not fit.
@@ -110,7 +113,7 @@ def getitem(x, index):
     return GetItem.apply(x, index=index)
 
 
-def pad(x, widths, value=0.0):
+def pad(x: Tensor, widths: Sequence[Sequence[int]], value: float = 0.0) -> Tensor:
     """`x` within a border of `value`; widths is (before, after) for each axis. Raises ShapeError for other widths."""
     checks.operands("pad", x=x)
     widths = _sequence("pad", "widths", widths)
@@ -120,7 +123,7 @@ def pad(x, widths, value=0.0):
     return Pad.apply(x, widths=widths, value=checks.real("pad", "value", value))
 
 
-def concatenate(tensors, axis=0):
+def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
     """Join tensors along `axis`; their other sizes must agree, else ShapeError."""
     tensors = _sequence("concatenate", "tensors", tensors)
     expect(len(tensors) > 0, "concatenate", "at least one tensor", ArgumentError)
