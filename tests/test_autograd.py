@@ -1,6 +1,8 @@
 """The sweep, its traps (each has bitten a small engine before), hooks, grad, no_grad and custom Functions."""
 
+import copy
 import gc
+import pickle
 import threading
 import weakref
 
@@ -369,3 +371,88 @@ def test_steady_state_of_training_allocates_nothing():
     assert after["system_allocations"] == before["system_allocations"]
     assert after["bytes_held"] == before["bytes_held"]
     assert after["taken"] > before["taken"], "the step must use the allocator at all"
+
+
+def test_gradients_of_grad_share_no_memory():
+    a, b = leaf([1.0, 2.0]), leaf([3.0, 4.0])
+    s = a + b
+    gradients = tinyres.grad(s.sum(), [a, b, s, a])
+    for i, g in enumerate(gradients):
+        for other in gradients[:i]:
+            assert not np.shares_memory(g, other)
+
+
+def test_hooks_may_write_and_return_anything():
+    """Neither writing into a gradient nor returning one buffer twice reaches another tensor's gradient."""
+    a, b = leaf([1.0, 2.0]), leaf([3.0, 4.0])
+    a.register_hook(lambda g: g.fill(0))
+    (a + b).backward(np.ones(2))
+    assert a.grad.tolist() == [0, 0] and b.grad.tolist() == [1, 1]
+
+    a, b, mine = leaf([1.0]), leaf([2.0]), np.array([7.0])
+    for x in (a, b):
+        x.register_hook(lambda g: mine)
+    (a * b).sum().backward()
+    assert not np.shares_memory(a.grad, b.grad) and not np.shares_memory(a.grad, mine)
+
+
+def test_no_grad_can_be_nested_in_itself():
+    x, quiet = leaf([1.0]), tinyres.no_grad()
+    with quiet, quiet:
+        assert not (x * 2).requires_grad
+    assert (x * 2).requires_grad
+
+
+def test_failing_hook_leaves_all_gradients():
+    a, b = leaf([1.0]), leaf([2.0])
+    b.register_hook(lambda g: np.ones(3))
+    with pytest.raises(GraphError):
+        (a * b).sum().backward()
+    assert a.grad is None and b.grad is None
+
+
+@pytest.mark.parametrize("held", [np.ones(1, np.float32), np.ones(3), [1.0]], ids=["dtype", "shape", "list"])
+def test_a_foreign_grad_is_refused(held):
+    x = leaf([1.0])
+    x.grad = held
+    with pytest.raises(GraphError, match="grad must be an array"):
+        (x * 2).sum().backward()
+
+
+def test_functions_must_give_arrays():
+    class Listed(Function):
+        def forward(self, x):
+            return [1.0]
+
+    class Number(Function):
+        def forward(self, x):
+            return x * 1
+
+        def backward(self, dy):
+            return 1.0
+
+    with pytest.raises(DtypeError, match="must return arrays"):
+        Listed.apply(leaf([1.0]))
+    with pytest.raises(GraphError, match="must be an array"):
+        Number.apply(leaf([1.0])).sum().backward()
+
+
+def test_tensors_meet_numpy():
+    x = leaf([[1.0, 2.0], [3.0, 4.0]])
+    assert np.asarray(x).dtype == np.float64 and float(x.sum()) == 10
+    assert (np.ones((2, 2)) @ x).numpy().tolist() == [[4, 6], [4, 6]]
+    assert (x @ np.ones((2, 2))).numpy().tolist() == [[3, 3], [7, 7]]
+    assert x.reshape(np.int64(4)).shape == (4,)
+    unaligned = np.frombuffer(b"\0" * 17, np.uint8)[1:].view(np.float32)
+    assert (tinyres.tensor(unaligned) + 1.0).numpy().tolist() == [1] * 4
+    with pytest.raises(ArgumentError):
+        x + 10**400
+
+
+def test_models_can_be_copied():
+    model = tinyres.fuse(tinyres.models.cifar_resnet(8))
+    x = tinyres.tensor(np.ones((1, 8, 8, 3), np.float32))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert np.array_equal(twin.eval()(x).numpy(), model.eval()(x).numpy())
+        assert next(twin.parameters()) is not next(model.parameters())
+        assert next(twin.parameters()).device is tinyres.backend.get("cpu")

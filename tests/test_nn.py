@@ -310,3 +310,36 @@ def test_summary(capsys):
     for bad in ("32", (1, 2.5), (0, 32, 32, 3)):
         with pytest.raises((ArgumentError, DtypeError)):
             tinyres.summary(model, bad)
+
+
+@pytest.mark.parametrize("training", (True, False))
+def test_parameters_in_another_dtype_take_batch_norm_along(training):
+    for fused in (False, True):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), unit()).train(training)
+        model = tinyres.fuse(model) if fused else model
+        for p in model.parameters():
+            p.data = p.data.astype(np.float64)
+        y = model(images(2, 4, 4, 4, dtype=np.float64))
+        y.backward(np.ones(y.shape))
+        assert y.dtype == np.float64 and all(b.dtype == np.float64 for b in model.buffers())
+
+
+def test_loading_does_not_write_into_assigned_arrays():
+    layer, foreign = nn.Linear(2, 2), np.zeros((2, 2), np.float32)
+    state = layer.state_dict()
+    foreign.flags.writeable = False
+    layer.weight.data = foreign
+    layer.load_state_dict(state)
+    assert np.array_equal(layer.weight.data, state["weight"]) and not foreign.any()
+
+
+def test_fused_joins_broadcast_as_plain_ones():
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return ops.mean(x, (1, 2), keepdims=True)
+
+    for branch in ([nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)], [nn.Conv2d(4, 4, 1)]):
+        block, x = nn.Residual(*branch, shortcut=Pooled()), images(2, 3, 3, 4)
+        assert np.allclose(tinyres.fuse(block)(x).numpy(), block(x).numpy(), atol=1e-6)
+    block.branch = nn.Conv2d(4, 4, 1)
+    assert tinyres.fuse(block)(x).shape == x.shape

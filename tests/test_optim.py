@@ -106,7 +106,14 @@ def test_state_must_fit():
     p.grad = np.ones(p.shape)
     optimizer.step()
     state = optimizer.state_dict()
-    for bad in ({}, None, {**state, "velocity": {"5": np.ones(3)}}, {**state, "velocity": {"0": np.ones(3)}}):
+    bads = [
+        {},
+        None,
+        *({**state, "velocity": v} for v in ({"5": np.ones(3)}, {"0": np.ones(3)}, {"0": 5}, {0: 5}, [1])),
+    ]
+    bads += [{**state, "lr": lr} for lr in ("x", -1, None)]
+    bads += [{**state, "momentum": 5}, {**state, "nesterov": "no"}, {**state, "weight_decay": [float("nan")]}]
+    for bad in bads:
         with pytest.raises(CheckpointError):
             optimizer.load_state_dict(bad)
 
@@ -135,9 +142,12 @@ def test_parameters_are_checked():
     for bad in ([], [p, p]):
         with pytest.raises(ArgumentError):
             SGD(bad, 0.1)
-    p.grad = np.ones(2)
-    with pytest.raises(ShapeError):
-        SGD([p], 0.1).step()
+    for grad in (np.ones(2), [1.0], np.ones(p.shape, np.float32)):
+        p.grad = grad
+        with pytest.raises(ShapeError):
+            SGD([p], 0.1).step()
+    with pytest.raises(ArgumentError):
+        SGD([{}], 0.1)
 
 
 def test_schedules():

@@ -30,17 +30,17 @@ Index = BasicIndex | tuple[BasicIndex, ...]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_recording = ContextVar("tinyres.recording", default=True)
+_no_grad_depth = ContextVar("tinyres.no_grad_depth", default=0)
 
 
 class no_grad:
     """Within this block (or decorated function) nothing is recorded, so nothing is kept for a backward sweep."""
 
     def __enter__(self) -> None:
-        self._token = _recording.set(False)
+        _no_grad_depth.set(_no_grad_depth.get() + 1)
 
     def __exit__(self, *exc: object) -> None:
-        _recording.reset(self._token)
+        _no_grad_depth.set(_no_grad_depth.get() - 1)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
@@ -83,7 +83,7 @@ class Tensor:
     def data(self, array: Array) -> None:
         if not self.device.owns(array):
             expect(not isinstance(array, Tensor), "Tensor.data", "needs an array", DtypeError, data=array)
-            array = self.device.asarray(array)
+        array = self.device.asarray(array)
         expect(
             not self.requires_grad or array.dtype in FLOATS,
             "Tensor.data",
@@ -123,6 +123,12 @@ class Tensor:
     def __bool__(self) -> bool:
         return bool(self.item())
 
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.numpy(), dtype, copy=copy) if copy else np.asarray(self.numpy(), dtype)
+
     def numpy(self) -> np.ndarray:
         """The data as a NumPy array: the same memory on a CPU device."""
         return self._data
@@ -159,8 +165,8 @@ class Tensor:
 
         gradient      the gradient of the loss by this tensor (array or number of its shape); 1 for a scalar
         retain_graph  keep what ops have saved, so that the graph can be swept again
-        Raises GraphError if the tensor is no result of recorded ops, or its graph was swept already; ShapeError or
-        DtypeError for a gradient that does not fit.
+        Raises GraphError if nothing that requires a gradient leads to the tensor, or its graph was swept already;
+        ShapeError or DtypeError for a gradient that does not fit. Then no `grad` has changed.
         """
         _sweep("backward", [self], [gradient], retain_graph, None)
 
@@ -170,7 +176,10 @@ class Tensor:
 
         __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __add__
 
-        def __matmul__(self, other: Tensor) -> Tensor: ...
+        def __matmul__(self, other: Tensor | Array) -> Tensor: ...
+
+        __rmatmul__ = __matmul__
+
         def __neg__(self) -> Tensor: ...
         def __getitem__(self, index: Index) -> Tensor: ...
         def __iter__(self) -> Iterator[Tensor]: ...
@@ -274,6 +283,7 @@ class Function:
     a copy.
     """
 
+    device: Device
     kernels: Any
     needs: tuple[bool, ...]
     saved: Any = None
@@ -311,15 +321,18 @@ class Function:
                 needs_grad = needs_grad or x.requires_grad
         expect(device is not None, cls.__name__, "at least one input must be a Tensor", DtypeError)
         node = cls()
-        node.kernels = device.kernels
-        needs_grad = needs_grad and _recording.get()
+        node.device, node.kernels = device, device.kernels
+        needs_grad = needs_grad and _no_grad_depth.get() == 0
         node.needs = tuple([needs_grad and x is not None and x.requires_grad for x in inputs])
         out = node.forward(*[None if x is None else x._data for x in inputs], **attributes)
         if not isinstance(out, tuple):
+            _expect_array(cls, device, out)
             result = Tensor(out, needs_grad, device)
             if needs_grad:
                 node._record(inputs, (result,))
             return result
+        for y in out:
+            _expect_array(cls, device, y)
         results = tuple([Tensor(y, needs_grad, device) for y in out])
         if needs_grad:
             node._record(inputs, results)
@@ -337,6 +350,11 @@ class Function:
             y._node, y._slot = self, slot
 
 
+def _expect_array(function, device, y):
+    if not device.owns(y):
+        raise DtypeError(f"[{function.__name__}] forward must return arrays of its device; got {type(y).__name__}")
+
+
 def grad(
     ys: Tensor | Iterable[Tensor],
     xs: Tensor | Iterable[Tensor],
@@ -348,6 +366,7 @@ def grad(
     ys         Tensor or list of Tensors
     xs         Tensor or list of Tensors, leaves or results of ops
     gradients  an upstream gradient for each of `ys`; None means 1 for scalars
+    retain_graph  as in `Tensor.backward`
     Raises GraphError if an x does not lead to any y, and what `Tensor.backward` raises.
     """
     for t in (ys, xs):
@@ -368,9 +387,12 @@ def grad(
     )
     wanted: dict[tuple[int, int], Any] = {(id(x._node or x), x._slot): None for x in xs}
     _sweep("grad", ys, gradients, retain_graph, wanted)
-    found = [wanted[id(x._node or x), x._slot] for x in xs]
-    for i, g in enumerate(found):
+    places = [(id(x._node or x), x._slot) for x in xs]
+    found = []
+    for i, place in enumerate(places):
+        g = wanted[place]
         expect(g is not None, "grad", "every x must lead to a y through recorded ops", GraphError, index=i)
+        found.append(g.copy() if place in places[:i] else g)  # an x named twice gets two arrays
     return found
 
 
@@ -393,7 +415,7 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
     heap = []
     for y, gradient in zip(ys, gradients, strict=True):
         seed = _seed_gradient(op, y, gradient)
-        _deliver(arrived, heap, (y._node or y, y._slot), seed, False, y.device.kernels)
+        _deliver(arrived, heap, (y._node or y, y._slot), seed, True, y.device.kernels)
     while heap:
         node = heapq.heappop(heap)[1]
         expect(
@@ -416,19 +438,24 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
         )
         for parent, dx, spec in zip(node.parents, dxs, node.input_specs, strict=True):
             if parent is not None and dx is not None:
+                given = getattr(dx, "shape", None), getattr(dx, "dtype", None)
                 expect(
-                    (dx.shape, dx.dtype) == spec,
+                    given == spec and node.device.owns(dx),
                     type(node).__name__,
-                    "a gradient must have its input's shape and dtype",
+                    "a gradient must be an array of its input's shape and dtype",
                     GraphError,
-                    gradient=(dx.shape, dx.dtype),
+                    gradient=given,
                     input=spec,
                 )
                 _deliver(arrived, heap, parent, dx, node.fresh_gradients, node.kernels)
         if not retain_graph:
             node.saved, node.swept = None, True
-    for leaf, slots in arrived.items():
-        _finish_leaf(op, leaf, *slots[0], wanted)
+    finished = [(leaf, _leaf_gradient(op, leaf, *slots[0], wanted)) for leaf, slots in arrived.items()]
+    for leaf, gradient in finished:
+        if wanted is None:
+            leaf.grad = gradient
+        elif (id(leaf), 0) in wanted:
+            wanted[id(leaf), 0] = gradient
 
 
 def _seed_gradient(op, y, gradient):
@@ -477,45 +504,38 @@ def _output_gradients(node, slots, wanted):
     dys = []
     for slot, (shape, dtype) in enumerate(node.output_specs):
         if slot in slots:
-            dy = _run_hooks(node.hooks.get(slot), slots[slot][0])
+            dy, _ = _run_hooks(node.hooks.get(slot), *slots[slot], node.kernels)
         else:
             dy = node.kernels.broadcast_to(np.zeros((), dtype), shape)
         if wanted is not None and (id(node), slot) in wanted:
-            wanted[id(node), slot] = dy
+            wanted[id(node), slot] = node.kernels.broadcast_to(dy, shape)
         dys.append(dy)
     return dys
 
 
-def _finish_leaf(op, leaf, gradient, owned, wanted):
-    """Hand a leaf its whole gradient, in an array that nothing else holds."""
+def _leaf_gradient(op, leaf, gradient, owned, wanted):
+    """The whole gradient of a leaf, what its `grad` holds included, in an array that nothing else holds."""
     kernels = leaf.device.kernels
-    gradient = _run_hooks(leaf._hooks, gradient)
-    if wanted is not None:
-        if (id(leaf), 0) in wanted:
-            wanted[id(leaf), 0] = gradient
-    elif leaf.grad is None:
-        leaf.grad = gradient if owned else kernels.broadcast_to(gradient, gradient.shape)
-    else:
-        expect(
-            leaf.grad.shape == gradient.shape,
-            op,
-            "grad must have the gradient's shape to be added to",
-            grad=leaf.grad.shape,
-            gradient=gradient.shape,
-        )
-        leaf.grad = kernels.add(leaf.grad, gradient)
+    gradient, owned = _run_hooks(leaf._hooks, gradient, owned, kernels)
+    if wanted is not None or leaf.grad is None:
+        return gradient if owned else kernels.broadcast_to(gradient, gradient.shape)
+    held = getattr(leaf.grad, "shape", None), getattr(leaf.grad, "dtype", None)
+    fits = held == (gradient.shape, gradient.dtype) and leaf.device.owns(leaf.grad)
+    rule = "grad must be an array of the gradient's shape and dtype to be added to"
+    expect(fits, op, rule, GraphError, grad=held, gradient=(gradient.shape, gradient.dtype))
+    return kernels.add(leaf.grad, gradient)
 
 
-def _run_hooks(hooks, gradient):
+def _run_hooks(hooks, gradient, owned, kernels):
+    """The gradient after `hooks`, and whether it is still an array of our own."""
+    if hooks and not owned:
+        gradient, owned = kernels.broadcast_to(gradient, gradient.shape), True  # hooks may keep it or write into it
     for hook in list(hooks.values()) if hooks else ():
         changed = hook(gradient)
         if changed is not None:
-            expect(
-                getattr(changed, "shape", None) == gradient.shape and changed.dtype == gradient.dtype,
-                "hook",
-                "a hook must return None or an array of the gradient's shape and dtype",
-                GraphError,
-                gradient=(gradient.shape, gradient.dtype),
-            )
+            given = getattr(changed, "shape", None), getattr(changed, "dtype", None)
+            rule = "a hook must return None or an array of the gradient's shape and dtype"
+            expect(given == (gradient.shape, gradient.dtype), "hook", rule, GraphError, got=given)
             gradient = changed
-    return gradient
+        owned = False  # the hook may have kept what it saw
+    return gradient, owned

@@ -10,7 +10,7 @@ import numpy as np
 
 from tinyres.autograd import Tensor
 from tinyres.backend import Array
-from tinyres.errors import ArgumentError, CheckpointError, DtypeError, expect
+from tinyres.errors import ArgumentError, CheckpointError, DtypeError, TinyresError, expect
 from tinyres.ops import checks
 
 
@@ -35,7 +35,6 @@ class SGD:
     ) -> None:
         self.lr = _at_least_zero("lr", lr)
         self.momentum = checks.fraction("SGD", "momentum", momentum)
-        self.weight_decay = _at_least_zero("weight_decay", weight_decay)
         self.nesterov = checks.flag("SGD", "nesterov", nesterov)
         expect(not nesterov or self.momentum > 0, "SGD", "nesterov needs momentum", ArgumentError, momentum=momentum)
         iterable = isinstance(params, Iterable) and not isinstance(params, (Tensor, np.ndarray, str))
@@ -44,6 +43,10 @@ class SGD:
         self._decays: list[float] = []
         for group in params:
             group = group if isinstance(group, dict) else {"params": (group,)}
+            known = "params" in group and set(group) <= {"params", "weight_decay"}
+            expect(
+                known, "SGD", "a group holds params, and weight_decay if it has its own", ArgumentError, group=[*group]
+            )
             decay = _at_least_zero("weight_decay", group.get("weight_decay", weight_decay))
             for p in group["params"]:
                 leaf = isinstance(p, Tensor) and p.requires_grad and p._node is None
@@ -69,14 +72,10 @@ class SGD:
         for i, p in enumerate(self.params):
             if p.grad is None:
                 continue
-            fits = p.grad.shape == p.shape and p.grad.dtype == p.dtype
-            expect(
-                fits,
-                "SGD",
-                "a gradient must have its parameter's shape and dtype",
-                parameter=(p.shape, p.dtype),
-                gradient=(p.grad.shape, p.grad.dtype),
-            )
+            given = getattr(p.grad, "shape", None), getattr(p.grad, "dtype", None)
+            fits = given == (p.shape, p.dtype) and p.device.owns(p.grad)
+            rule = "a gradient must be an array of its parameter's shape and dtype"
+            expect(fits, "SGD", rule, parameter=(p.shape, p.dtype), gradient=given)
             if not (p.data.flags.c_contiguous and p.data.flags.writeable):
                 p.data = p.data.copy()  # assigned from outside: kernels update dense arrays of our own
             if self.momentum:
@@ -100,35 +99,40 @@ class SGD:
             p.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """lr, momentum, weight_decay, nesterov, and `velocity`: a dict of position -> copy of the array."""
+        """lr, momentum, nesterov, weight_decay (one for each parameter), velocity (position -> copy of the array)."""
         velocity = {str(i): v.copy() for i, v in enumerate(self._velocities) if v is not None}
-        settings = {"lr": self.lr, "momentum": self.momentum, "weight_decay": self.weight_decay}
-        return {**settings, "nesterov": self.nesterov, "velocity": velocity}
+        settings = {"lr": self.lr, "momentum": self.momentum, "nesterov": self.nesterov}
+        return {**settings, "weight_decay": list(self._decays), "velocity": velocity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` returned.
 
         Raises CheckpointError, before anything changes, if it does not fit.
         """
-        names = {"lr", "momentum", "weight_decay", "nesterov", "velocity"}
-        given = sorted(state) if hasattr(state, "keys") else type(state).__name__
-        expect(given == sorted(names), "SGD.load_state_dict", f"needs {sorted(names)}", CheckpointError, state=given)
+        op = "SGD.load_state_dict"
+        names = {"lr", "momentum", "nesterov", "weight_decay", "velocity"}
+        given = sorted(state) if isinstance(state, dict) else type(state).__name__
+        expect(given == sorted(names), op, f"needs {sorted(names)}", CheckpointError, state=given)
+        decays, velocity = state["weight_decay"], state["velocity"]
+        listed = isinstance(decays, list) and len(decays) == len(self.params) and isinstance(velocity, dict)
+        expect(listed, op, "needs one weight_decay for each parameter and a dict of velocities", CheckpointError)
+        try:
+            settings = SGD(self.params, state["lr"], state["momentum"], nesterov=state["nesterov"])
+            decays = [_at_least_zero("weight_decay", decay) for decay in decays]
+        except TinyresError as error:
+            raise CheckpointError(f"[{op}] a setting is out of range: {error}") from None
         velocities: list[Array | None] = [None] * len(self.params)
-        for key, v in state["velocity"].items():
-            fits = key.isdecimal() and int(key) < len(self.params) and v.shape == self.params[int(key)].shape
-            expect(
-                fits,
-                "SGD.load_state_dict",
-                "each velocity must fit a parameter",
-                CheckpointError,
-                velocity=key,
-                shape=v.shape,
-                parameters=len(self.params),
-            )
-            p = self.params[int(key)]
+        places = {str(i): p for i, p in enumerate(self.params)}
+        for key, v in velocity.items():
+            shape = getattr(v, "shape", None)
+            fits = key in places and shape == places[key].shape and v.dtype.kind == "f"
+            rule = "each velocity must be a floating array that fits its parameter"
+            parameter = places[key].shape if key in places else None
+            expect(fits, op, rule, CheckpointError, velocity=key, shape=shape, parameter=parameter)
+            p = places[key]
             velocities[int(key)] = p.device.kernels.broadcast_to(p.device.asarray(v, p.dtype), v.shape)
-        self.lr, self.momentum, self.nesterov = state["lr"], state["momentum"], state["nesterov"]
-        self.weight_decay, self._velocities = state["weight_decay"], velocities
+        self.lr, self.momentum, self.nesterov = settings.lr, settings.momentum, settings.nesterov
+        self._decays, self._velocities = decays, velocities
 
 
 def _like(velocity, p):

@@ -1,7 +1,8 @@
 """Run-time choices: the one place for them.
 
 `tinyres.options(threads=1)` applies from here on; as `with tinyres.options(conv="naive"):` it ends with the block.
-The choices belong to the current context (`contextvars`), so threads do not see each other's.
+The choices belong to the current context (`contextvars`), `threads` to the current thread: threads do not see each
+other's.
 """
 
 from __future__ import annotations

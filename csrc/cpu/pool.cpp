@@ -49,7 +49,7 @@ void max_pool2d_forward(T* y, std::int32_t* argmax, const T* x, const Window& s)
     for_windows(s, begin, end, [&](i64 pixel, i64 h, i64 w, Span rows, Span columns) {
       const T* image = x + pixel / (s.P * s.Q) * s.H * s.W * s.C;
       for_vectors<T>(s.C, [&](i64 c, i64 lanes) {
-        // Positions are kept as T: exact, and selected by the same mask as the values.
+        // Positions are kept as T, selected by the same mask as the values: exact up to 2^24, the limit of the op.
         Vec<T> best = splat(T(-__builtin_inf())), at = splat(T(rows.begin * s.S + columns.begin));
         for (i64 r = rows.begin; r < rows.end; r++) {
           for (i64 t = columns.begin; t < columns.end; t++) {

@@ -279,3 +279,22 @@ def test_messages(message):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: ops.conv2d(x, x[:1, :1, :, :1].reshape(1, 2, 1, 1), stride=2**21),
+        lambda x: ops.max_pool2d(x, 1, stride=2**21),
+        lambda x: ops.avg_pool2d(x, 2**19, padding=2**18),
+        lambda x: ops.max_pool2d(x, 2**19, padding=2**18),
+        lambda x: ops.pad(x, ((0, 2**39),) * x.ndim),
+        lambda x: ops.reshape(x, (2**39, 2**39, 0)),
+        lambda x: ops.reshape(x, (1,) * 40 + x.shape),
+        lambda x: ops.getitem(x, (None,) * 40),
+        lambda x: nn.Linear(2**39, 2**39),
+    ],
+)
+def test_absurd_sizes(call):
+    with pytest.raises(TinyresError):
+        call(tinyres.tensor(np.ones((1, 2, 2, 1))))

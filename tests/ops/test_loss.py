@@ -77,3 +77,12 @@ def test_labels_of_any_integer_type(device, kind, rng):
     x = tinyres.tensor(rng.standard_normal((4, 10)), device=device)
     labels = np.array([9, 0, 3, 3])
     assert ops.cross_entropy(x, labels.astype(kind)).item() == ops.cross_entropy(x, labels).item()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_labels_may_be_views_of_any_integers(device, rng):
+    logits = tinyres.tensor(rng.standard_normal((4, 5)), device=device)
+    labels = np.array([[1, 9], [0, 9], [4, 9], [2, 9]])
+    want = ops.cross_entropy(logits, labels[:, 0].copy()).item()
+    for view in (labels[:, 0], labels[::-1, 0][::-1], labels[:, 0].astype(np.uint8), [1, 0, 4, 2]):
+        assert ops.cross_entropy(logits, view).item() == want

@@ -50,11 +50,15 @@ class Device:
 
     def asarray(self, data: ArrayLike, dtype: DTypeLike | None = None) -> Array:
         """`data` as an array of this device, without a copy where possible."""
-        return self.xp.asarray(data, dtype=dtype)
+        array = self.xp.asarray(data, dtype=dtype)
+        return array if array.flags.aligned else array.copy()  # kernels load whole elements
 
     def owns(self, array: object) -> TypeGuard[Array]:
         """Whether `array` is an array of this device's kind."""
         return isinstance(array, self.xp.ndarray)
+
+    def __reduce__(self) -> tuple:
+        return get, (self.name,)  # copies and pickles of a model are on this very device
 
     def __repr__(self) -> str:
         return self.name

@@ -1,7 +1,7 @@
 """Device `cpu`: the kernel table over the C++ extension.
 
 An adapter function makes its inputs dense (the one place where that happens), takes the output from the allocator
-and calls the launcher of the same name. Reductions are NumPy's, in float64. Contracts are in spec.py.
+and calls the launcher of the same name. Reductions are NumPy's. Contracts are in spec.py.
 """
 
 import math
@@ -10,6 +10,7 @@ import numpy as np
 
 from tinyres import _cpu
 from tinyres.backend.memory import empty
+from tinyres.backend.reference import max, max_backward, output_size  # noqa: F401  # NumPy's maximum serves here too
 from tinyres.options import get as options
 
 _broadcast_to = np.broadcast_to
@@ -149,15 +150,6 @@ def sum_to(x, shape):
     return sum(x, axes, True).reshape(shape) if axes else x
 
 
-def max(x, axes, keepdims):
-    return np.asarray(np.max(x, axes, keepdims=keepdims))
-
-
-def max_backward(dy, x, y, axes):
-    ties = x == y
-    return np.asarray(dy * ties / np.sum(ties, axes, keepdims=True), x.dtype)
-
-
 # linear algebra -----------------------------------------------------------------------------------------------
 
 
@@ -182,12 +174,8 @@ def _batched(a, batch):
 # convolution --------------------------------------------------------------------------------------------------
 
 
-def _output(shape, window, stride, padding):
-    return tuple((n + 2 * p - w) // s + 1 for n, w, s, p in zip(shape[1:3], window, stride, padding, strict=True))
-
-
 def conv2d_forward(x, w, stride, padding):
-    y = empty((x.shape[0], *_output(x.shape, w.shape[:2], stride, padding), w.shape[3]), x.dtype)
+    y = empty((x.shape[0], *output_size(x.shape, w.shape[:2], stride, padding), w.shape[3]), x.dtype)
     _cpu.conv2d_forward(y, contiguous(x), contiguous(w), stride, padding, options().conv)
     return y
 
@@ -291,7 +279,7 @@ def batch_norm_inference_backward(dy, x, gamma, mean, var, eps):
 
 
 def max_pool2d_forward(x, window, stride, padding):
-    shape = (x.shape[0], *_output(x.shape, window, stride, padding), x.shape[3])
+    shape = (x.shape[0], *output_size(x.shape, window, stride, padding), x.shape[3])
     y, argmax = empty(shape, x.dtype), empty(shape, np.int32)
     _cpu.max_pool2d_forward(y, argmax, contiguous(x), window, stride, padding)
     return y, argmax
@@ -304,7 +292,7 @@ def max_pool2d_backward(dy, argmax, x_shape, window, stride, padding):
 
 
 def avg_pool2d_forward(x, window, stride, padding):
-    y = empty((x.shape[0], *_output(x.shape, window, stride, padding), x.shape[3]), x.dtype)
+    y = empty((x.shape[0], *output_size(x.shape, window, stride, padding), x.shape[3]), x.dtype)
     _cpu.avg_pool2d_forward(y, contiguous(x), window, stride, padding)
     return y
 
@@ -332,7 +320,7 @@ def global_avg_pool2d_backward(dy, x_shape):
 
 def cross_entropy(logits, labels, smoothing):
     loss, dlogits = empty((), logits.dtype), empty(logits.shape, logits.dtype)
-    _cpu.cross_entropy(loss, dlogits, contiguous(logits), contiguous(labels), smoothing)
+    _cpu.cross_entropy(loss, dlogits, contiguous(logits), np.ascontiguousarray(labels), smoothing)
     return loss, dlogits
 
 

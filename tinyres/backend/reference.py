@@ -154,7 +154,8 @@ def max(x, axes, keepdims):
 
 def max_backward(dy, x, y, axes):
     ties = x == y
-    return np.asarray(dy * ties / np.sum(ties, axes, keepdims=True), x.dtype)
+    with np.errstate(invalid="ignore"):  # no tie at all where the maximum is NaN
+        return np.asarray(dy * ties / np.sum(ties, axes, keepdims=True), x.dtype)
 
 
 # linear algebra -----------------------------------------------------------------------------------------------
@@ -185,12 +186,12 @@ def _inner(padded, shape, padding):
     return np.ascontiguousarray(padded[:, ph : ph + H, pw : pw + W])
 
 
-def _output(shape, window, stride, padding):
+def output_size(shape, window, stride, padding):
     return tuple((n + 2 * p - w) // s + 1 for n, w, s, p in zip(shape[1:3], window, stride, padding, strict=True))
 
 
 def conv2d_forward(x, w, stride, padding):
-    P, Q = _output(x.shape, w.shape[:2], stride, padding)
+    P, Q = output_size(x.shape, w.shape[:2], stride, padding)
     y = np.zeros((x.shape[0], P, Q, w.shape[3]), x.dtype)
     for r, s, view in _taps(_padded(x, padding), w.shape[:2], stride, (P, Q)):
         y += view @ w[r, s]
@@ -245,7 +246,7 @@ def batch_norm_inference_backward(dy, x, gamma, mean, var, eps):
 
 
 def max_pool2d_forward(x, window, stride, padding):
-    P, Q = _output(x.shape, window, stride, padding)
+    P, Q = output_size(x.shape, window, stride, padding)
     padded = _padded(x, padding, -np.inf)
     stack = np.stack([view for _, _, view in _taps(padded, window, stride, (P, Q))])
     argmax = stack.argmax(0)
@@ -261,7 +262,7 @@ def max_pool2d_backward(dy, argmax, x_shape, window, stride, padding):
 
 
 def avg_pool2d_forward(x, window, stride, padding):
-    P, Q = _output(x.shape, window, stride, padding)
+    P, Q = output_size(x.shape, window, stride, padding)
     y = np.zeros((x.shape[0], P, Q, x.shape[3]), x.dtype)
     for _, _, view in _taps(_padded(x, padding), window, stride, (P, Q)):
         y += view

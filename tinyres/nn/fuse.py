@@ -4,7 +4,8 @@
     BatchNorm2d, ReLU in a Sequential                        -> BatchNormReLU2d
     a Residual whose branch ends in BatchNorm2d, then ReLU   -> FusedResidual ending in BatchNormAddReLU2d
     any other Residual that adds, then ReLU                  -> FusedResidual joined by AddReLU
-A pattern stays as it is where one of its modules has a forward hook: the hook could not see what it asked for.
+A pattern stays as it is where one of its modules has a forward hook: the hook could not see what it asked for. So
+hooks are registered before `fuse`, or on the model that it returns.
 """
 
 from __future__ import annotations
@@ -22,24 +23,17 @@ from tinyres.nn.residual import Residual
 class BatchNormReLU2d(BatchNorm2d):
     """relu(batch_norm(x)) in one pass."""
 
-    op = staticmethod(ops.batch_norm_relu)
+    def forward(self, x: Tensor) -> Tensor:
+        return self._normalise(ops.batch_norm_relu, x)
 
 
 class BatchNormAddReLU2d(BatchNorm2d):
     """relu(batch_norm(x) + residual) in one pass; called with (x, residual)."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]  # a second input
-        return ops.batch_norm_add_relu(
-            x,
-            residual,
-            self.gamma,
-            self.beta,
-            self.running_mean,
-            self.running_var,
-            self.training,
-            self.momentum,
-            self.eps,
-        )
+        if x.shape != residual.shape:  # an addition that broadcasts has no fused kernel
+            return ops.relu(self._normalise(ops.batch_norm, x) + residual)
+        return self._normalise(ops.batch_norm_add_relu, x, residual)
 
 
 class FusedResidual(Residual):
@@ -55,7 +49,8 @@ class FusedResidual(Residual):
         shortcut = x if self.shortcut is None else self.shortcut(x)
         if isinstance(last, BatchNormAddReLU2d):
             return last(h, shortcut)
-        return ops.add_relu(last(h), shortcut)
+        y = last(h)
+        return ops.add_relu(y, shortcut) if y.shape == shortcut.shape else ops.relu(y + shortcut)
 
 
 def fuse(model: Module) -> Module:
@@ -65,7 +60,7 @@ def fuse(model: Module) -> Module:
     """
     expect(isinstance(model, Module), "fuse", "needs a Module", DtypeError, model=type(model).__name__)
     joins = type(model) is Residual and model.join is None and _plain(model.activation, ReLU)
-    joins = joins and not _hooked(model.branch)
+    joins = joins and _plain(model.branch, Sequential)
     fused = _share(model, FusedResidual if joins else type(model))
     for name, child in model.children():
         fused._modules[name] = fuse(child)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from tinyres import backend, ops
 from tinyres.autograd import Tensor
 from tinyres.backend import Array
+from tinyres.errors import ArgumentError, expect
 from tinyres.nn import init
 from tinyres.nn.module import Module, Parameter
 from tinyres.ops import checks
@@ -90,13 +93,13 @@ class BatchNorm2d(Module):
     beta: Parameter
     running_mean: Array
     running_var: Array
-    op = staticmethod(ops.batch_norm)
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
         channels = checks.integer("BatchNorm2d", "channels", channels, 1)
         self.momentum = checks.fraction("BatchNorm2d", "momentum", momentum, one=True)
         self.eps = checks.real("BatchNorm2d", "eps", eps)
+        expect(self.eps > 0, "BatchNorm2d", "eps must be positive", ArgumentError, eps=eps)
         self.gamma = Parameter(np.ones(channels, np.float32))
         self.beta = Parameter(np.zeros(channels, np.float32))
         device = backend.get()
@@ -104,9 +107,14 @@ class BatchNorm2d(Module):
         self.register_buffer("running_var", device.asarray(np.ones(channels, np.float32)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.op(
-            x, self.gamma, self.beta, self.running_mean, self.running_var, self.training, self.momentum, self.eps
-        )
+        return self._normalise(ops.batch_norm, x)
+
+    def _normalise(self, op: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        if self.running_mean.dtype != self.gamma.dtype:  # the parameters were assigned in another dtype
+            self.running_mean = self.running_mean.astype(self.gamma.dtype)
+            self.running_var = self.running_var.astype(self.gamma.dtype)
+        statistics = self.running_mean, self.running_var
+        return op(*inputs, self.gamma, self.beta, *statistics, self.training, self.momentum, self.eps)
 
     def extra_repr(self) -> str:
         return f"{self.gamma.shape[0]}, momentum={self.momentum}, eps={self.eps}"

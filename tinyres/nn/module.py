@@ -209,7 +209,11 @@ class Module:
             if name in state and _is_numeric(state[name]) and state[name].shape != array.shape
         ]
         expect(not problems, "load_state_dict", "the state must fit the model: " + "; ".join(problems), CheckpointError)
-        for name, array in own.items():
+        for name, parameter in self.named_parameters():
+            # Into an array of our own: what stands in `data` may have been assigned, and be somebody else's.
+            loaded = parameter.device.asarray(state[name], parameter.dtype)
+            parameter.data = parameter.device.kernels.broadcast_to(loaded, loaded.shape)
+        for name, array in self.named_buffers():
             array[...] = state[name]
 
     def extra_repr(self) -> str:

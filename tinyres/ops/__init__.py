@@ -38,7 +38,7 @@ __all__ = [
 
 def _one_or_many(sizes):
     """x.reshape(2, 3) and x.reshape((2, 3)) are one."""
-    return sizes[0] if len(sizes) == 1 and not isinstance(sizes[0], int) else sizes
+    return sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list, range)) else sizes
 
 
 # Arithmetic and methods of Tensor, bound here because autograd.py knows no op; it declares them for type checkers.
@@ -53,6 +53,7 @@ Tensor.__rtruediv__ = lambda self, other: div(other, self)
 Tensor.__pow__ = pow
 Tensor.__rpow__ = lambda self, other: pow(other, self)
 Tensor.__matmul__ = matmul
+Tensor.__rmatmul__ = lambda self, other: matmul(other, self)
 Tensor.__neg__ = neg
 Tensor.__getitem__ = getitem
 Tensor.__iter__ = lambda self: (self[i] for i in range(len(self)))

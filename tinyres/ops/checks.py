@@ -14,7 +14,9 @@ from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, e
 
 Pair = int | tuple[int, int]  # one for both, or (height, width)
 
-LIMIT = 2**40  # of sizes and strides: beyond any memory, and far from the end of a 64-bit integer
+LIMIT = 2**40  # of sizes: beyond any memory, and far from the end of a 64-bit integer
+WINDOW_LIMIT = 2**20  # of windows, strides and padding
+MAX_RANK = 16  # of arrays
 
 
 def operands(op: str, **tensors: Tensor) -> None:
@@ -35,20 +37,41 @@ def operands(op: str, **tensors: Tensor) -> None:
             raise DeviceError(f"[{op}] operands must be on one device; got {got}")
 
 
+def tensors(op: str, a: Any, b: Any) -> tuple[Tensor, Tensor]:
+    """`a` and `b` as Tensors: one of them may be a number, which takes the other's dtype, or an array."""
+    one = isinstance(a, Tensor) or isinstance(b, Tensor)
+    expect(one, op, "an operand must be a Tensor", DtypeError, a=type(a).__name__, b=type(b).__name__)
+    if not isinstance(a, Tensor):
+        return _constant(op, a, b), b
+    return a, b if isinstance(b, Tensor) else _constant(op, b, a)
+
+
+def _constant(op, value, like):
+    if isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)):
+        try:
+            with np.errstate(over="ignore"):
+                return Tensor(like.device.asarray(value, like.dtype), False, like.device)
+        except OverflowError:
+            raise ArgumentError(f"[{op}] a number must fit into float64; got {str(value)[:20]}...") from None
+    owned = like.device.owns(value)
+    expect(owned, op, "operands must be Tensors, numbers or arrays", DtypeError, operand=type(value).__name__)
+    return Tensor(like.device.asarray(value), False, like.device)
+
+
 def rank(op: str, name: str, x: Tensor, letters: str | tuple[str, ...]) -> None:
     """`x` has one axis per letter of `letters`, such as "NHWC", and none of them is empty."""
     if x.ndim != len(letters) or 0 in x.shape:
         raise ShapeError(f"[{op}] {name} must be ({', '.join(letters)}) with no empty axis; got {name} {x.shape}")
 
 
-def integer(op: str, name: str, value: Any, minimum: float) -> int:
-    """`value` as an int that is at least `minimum`."""
+def integer(op: str, name: str, value: Any, minimum: int, limit: int = LIMIT) -> int:
+    """`value` as an int that is at least `minimum` and below `limit`."""
     try:
         whole = operator.index(value)
     except TypeError:
         raise DtypeError(f"[{op}] {name} must be an integer; got {name} {value!r}") from None
-    valid = minimum <= whole < LIMIT and not isinstance(value, bool)
-    expect(valid, op, f"{name} must be at least {minimum} and below 2**40", ArgumentError, **{name: value})
+    valid = minimum <= whole < limit and not isinstance(value, bool)
+    expect(valid, op, f"{name} must be at least {minimum} and below {limit}", ArgumentError, **{name: value})
     return whole
 
 
@@ -56,8 +79,9 @@ def pair(op: str, name: str, value: Any, minimum: int) -> tuple[int, int]:
     """An integer, or one for height and one for width, as a pair of ints of at least `minimum`."""
     if isinstance(value, (tuple, list)):
         expect(len(value) == 2, op, f"{name} must be an integer or a pair", ArgumentError, **{name: value})
-        return integer(op, name, value[0], minimum), integer(op, name, value[1], minimum)
-    return (integer(op, name, value, minimum),) * 2
+        high, wide = (integer(op, name, n, minimum, WINDOW_LIMIT) for n in value)
+        return high, wide
+    return (integer(op, name, value, minimum, WINDOW_LIMIT),) * 2
 
 
 def fits(
@@ -73,7 +97,9 @@ def fits(
         window=window,
         padding=padding,
     )
-    return (H - window[0]) // stride[0] + 1, (W - window[1]) // stride[1] + 1
+    P, Q = (H - window[0]) // stride[0] + 1, (W - window[1]) // stride[1] + 1
+    expect(shape[0] * P * Q < LIMIT, op, "the result is too large", x=shape, window=window, padding=padding)
+    return P, Q
 
 
 def fraction(op: str, name: str, value: Any, one: bool = False) -> float:

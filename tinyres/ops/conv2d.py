@@ -50,5 +50,6 @@ def conv2d(x: Tensor, w: Tensor, b: Tensor | None = None, stride: Pair = 1, padd
     if b is not None:
         expect(b.shape == w.shape[3:], "conv2d", "b must have one value per filter", w=w.shape, b=b.shape)
     stride, padding = checks.pair("conv2d", "stride", stride, 1), checks.pair("conv2d", "padding", padding, 0)
-    checks.fits("conv2d", x.shape, w.shape[:2], stride, padding)
+    P, Q = checks.fits("conv2d", x.shape, w.shape[:2], stride, padding)
+    expect(x.shape[0] * P * Q * w.shape[3] < checks.LIMIT, "conv2d", "the result is too large", x=x.shape, w=w.shape)
     return Conv2d.apply(x, w, b, stride=stride, padding=padding)

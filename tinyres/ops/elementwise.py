@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import numbers
-
 import numpy as np
 
 from tinyres.autograd import Function, Operand, Tensor
 from tinyres.backend import random
-from tinyres.errors import DtypeError, ShapeError, expect
+from tinyres.errors import ShapeError
 from tinyres.ops import checks
 
 
 def _operands(op, a, b):
     """`a` and `b` as Tensors that broadcast together: a number takes the other's dtype and device."""
-    expect(
-        isinstance(a, Tensor) or isinstance(b, Tensor),
-        op,
-        "an operand must be a Tensor",
-        DtypeError,
-        a=type(a).__name__,
-        b=type(b).__name__,
-    )
-    if not isinstance(b, Tensor):
-        b = _constant(op, b, a)
-    elif not isinstance(a, Tensor):
-        a = _constant(op, a, b)
+    a, b = checks.tensors(op, a, b)
     checks.operands(op, a=a, b=b)
     if a.shape != b.shape:
         try:
@@ -33,19 +20,6 @@ def _operands(op, a, b):
         except ValueError:
             raise ShapeError(f"[{op}] shapes must broadcast; got a {a.shape}, b {b.shape}") from None
     return a, b
-
-
-def _constant(op, value, like):
-    if isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)):
-        return Tensor(like.device.asarray(value, like.dtype), False, like.device)
-    expect(
-        like.device.owns(value),
-        op,
-        "operands must be Tensors, numbers or arrays",
-        DtypeError,
-        operand=type(value).__name__,
-    )
-    return Tensor(value, False, like.device)
 
 
 class Add(Function):

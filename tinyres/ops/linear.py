@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tinyres.autograd import Function, Tensor
+from tinyres.backend import Array
 from tinyres.errors import ShapeError, expect
 from tinyres.ops import checks
 
@@ -37,8 +38,12 @@ class Linear(Function):
         return dx, dw, k.sum(dy, (0,), False) if self.needs[2] else None
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for a (..., M, K) and b (..., K, N); leading axes broadcast. Raises ShapeError where they do not fit."""
+def matmul(a: Tensor | Array, b: Tensor | Array) -> Tensor:
+    """a @ b for a (..., M, K) and b (..., K, N); leading axes broadcast. Raises ShapeError where they do not fit.
+
+    One of them may be an array of the other's dtype.
+    """
+    a, b = checks.tensors("matmul", a, b)
     checks.operands("matmul", a=a, b=b)
     expect(a.ndim >= 2 and b.ndim >= 2, "matmul", "operands must have at least two axes", a=a.shape, b=b.shape)
     expect(a.shape[-1] == b.shape[-2], "matmul", "columns of a and rows of b must agree", a=a.shape, b=b.shape)

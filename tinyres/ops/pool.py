@@ -79,5 +79,6 @@ def _check(op, x, window, stride, padding):
         padding=padding,
         window=window,
     )
+    expect(window[0] * window[1] <= 2**24, op, "the window must have at most 2**24 elements", window=window)
     checks.fits(op, x.shape, window, stride, padding)
     return {"window": window, "stride": stride, "padding": padding}

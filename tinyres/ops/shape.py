@@ -67,9 +67,11 @@ def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
     """`x` in another shape of as many elements; one size may be -1. Raises ShapeError where that cannot be."""
     checks.operands("reshape", x=x)
     shape = tuple([checks.integer("reshape", "shape", n, -1) for n in _sequence("reshape", "shape", shape)])
+    expect(len(shape) <= checks.MAX_RANK, "reshape", f"at most {checks.MAX_RANK} axes", shape=shape)
     known = math.prod([n for n in shape if n != -1])
     missing = shape.count(-1)
     fits = known == x.size if missing == 0 else missing == 1 and known > 0 and x.size % known == 0
+    fits = fits and math.prod([max(n, 1) for n in shape]) < checks.LIMIT  # NumPy multiplies them before it sees a 0
     expect(fits, "reshape", "the new shape must have as many elements", x=x.shape, shape=shape)
     return Reshape.apply(x, shape=shape)
 
@@ -102,10 +104,12 @@ def getitem(x: Tensor, index: Index) -> Tensor:
     index = index if isinstance(index, tuple) else (index,)
     for i in index:
         if not isinstance(i, slice) and i is not None and i is not Ellipsis:
-            checks.integer("getitem", "index", i, -math.inf)
+            checks.integer("getitem", "index", i, -checks.LIMIT)
     expect(sum(i is Ellipsis for i in index) <= 1, "getitem", "one Ellipsis at most", index=index)
     if Ellipsis not in index:
         index = (*index, Ellipsis)  # so that the result is an array even where every axis gets an integer
+    rank = x.ndim + sum(i is None for i in index)
+    expect(rank <= checks.MAX_RANK, "getitem", f"at most {checks.MAX_RANK} axes", x=x.shape, index=index)
     try:
         x.data[index]
     except (IndexError, ValueError, TypeError) as error:
@@ -120,6 +124,8 @@ def pad(x: Tensor, widths: Sequence[Sequence[int]], value: float = 0.0) -> Tenso
     paired = len(widths) == x.ndim and all(isinstance(w, (tuple, list)) and len(w) == 2 for w in widths)
     expect(paired, "pad", "widths must be (before, after) for each axis", x=x.shape, widths=widths)
     widths = tuple([tuple([checks.integer("pad", "widths", n, 0) for n in w]) for w in widths])
+    result = math.prod([n + before + after for n, (before, after) in zip(x.shape, widths, strict=True)])
+    expect(result < checks.LIMIT, "pad", "the result is too large", x=x.shape, widths=widths)
     return Pad.apply(x, widths=widths, value=checks.real("pad", "value", value))
 
 
