@@ -9,11 +9,13 @@ when stopped) and curves.png. Ctrl-C or SIGTERM stops it after the step it is in
 to the same bits as a run that was never stopped.
 
 Exit status: 0 when the run is complete, 1 on an error (no data, NaN loss ...), 128 + signal number when stopped, so
-130 after Ctrl-C, as shells have it: a script can tell a stopped run from a complete one.
+130 after Ctrl-C, as shells have it: a script can tell a stopped run from a complete one. A second signal stops it at
+once (130), without a checkpoint of its own.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -37,7 +39,7 @@ from tinyres.train import (
     run_summary,
 )
 
-# Both papers decay all parameters, those of batch norm too, and so do the reproductions that match their figures.
+# All parameters are decayed, those of batch norm too: the reproductions that match the papers' figures do so.
 RECIPES = {
     # 2015, section 4.2: rate divided by 10 at 32k and 48k of 64k iterations, per-pixel mean subtracted
     "paper": {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "iterations": 64_000},
@@ -102,7 +104,7 @@ def main():
 
     # Data: bytes in memory, normalised and augmented batch by batch
     dataset = data.load(args.dataset, args.data_dir, args.download)
-    print(dataset.note or f"{dataset.name} from {dataset.source}")
+    print(dataset.note or f"{dataset.name}: {dataset.source}")
     pixel_mean, channel_mean, channel_std = data.statistics(dataset.train_images)
     if recipe_name == "paper":
         mean, scale = pixel_mean, np.full(3, 1 / 255, np.float32)
@@ -206,10 +208,13 @@ def main():
         print(f"resuming at step {step}")
         if saved["kernels"] != kernels:
             print(f"other kernels than before ({saved['kernels']}): the last bits of the sums will differ")
-    else:
-        checkpoint.unlink(missing_ok=True)  # of another run: must not outlive that run's metrics
+    elif checkpoint.exists():  # of another run: must not outlive that run's metrics, nor be lost
+        for path in (checkpoint, out / "metrics.jsonl"):
+            if path.exists():
+                os.replace(path, path.with_stem(path.stem + ".previous"))
+        print(f"starting afresh without --resume: the old checkpoint is now {out}/checkpoint.previous.safetensors")
     metrics = MetricsLog(out / "metrics.jsonl", step)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
 
     def save_checkpoint():
         tinyres.save(
@@ -250,7 +255,7 @@ def main():
 
             if step % steps_per_epoch == 0 or step == total:
                 began = time.perf_counter()
-                test_loss, test_error = evaluate(model, test_loader)
+                test_loss, test_error = evaluate(model, test_loader, step)
                 seconds += time.perf_counter() - began
                 metrics.write(
                     step=step,
@@ -286,5 +291,8 @@ def main():
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except TinyresError as error:
+    except (TinyresError, OSError) as error:  # OSError: a folder or disk that does not take the run's files
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # outside the loop, or a second signal in it
+        print("stopped at once", file=sys.stderr)
+        sys.exit(130)

@@ -74,6 +74,12 @@ def test_model_and_optimizer_by_their_state_dict(tmp_path):
     optimizer.load_state_dict(tree["optimizer"])
 
 
+def test_tensors_as_their_arrays(tmp_path):
+    w, b = tinyres.nn.Parameter(np.ones((2, 3), np.float32)), tinyres.tensor(np.arange(3))
+    tinyres.save(tmp_path / "c", w=w, rest={"b": [b]})
+    assert_same(tinyres.load(tmp_path / "c"), {"w": w.numpy(), "rest": {"b": [b.numpy()]}})
+
+
 @pytest.mark.parametrize(
     "items",
     [

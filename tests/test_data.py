@@ -178,6 +178,19 @@ def test_names_are_built_in_for_cifar10_only(tmp_path):
         data.load("cifar100", tmp_path)
 
 
+def test_a_file_called_test_or_train_is_no_cifar100(tmp_path, monkeypatch):
+    form = cifar.FORMS["cifar100"][1]
+    for file in ("test", "train"):
+        root = write_folder(tmp_path / file, {file: b"#!/bin/sh"})
+        with pytest.raises(DataError, match=r"no cifar100 in"):
+            data.load("cifar100", root)
+    official = write_folder(tmp_path / form.folder, {"train": b""})
+    monkeypatch.chdir(official)
+    for folder in (official, tmp_path, "."):
+        assert cifar.find("cifar100", folder).form == form  # `read` names the missing file
+    assert cifar.find("cifar100", tmp_path / "train") is None
+
+
 # Damage ---------------------------------------------------------------------------------------------------------------
 
 
@@ -214,8 +227,9 @@ def test_damaged_binary_file_is_named(tmp_path, name, file, damage, message):
     content = files.pop(file)
     if damage:
         files[file] = damage(content)
+    write_folder(tmp_path / cifar.FORMS[name][0].folder, files)
     with pytest.raises(DataError, match=rf"^\[data\.load\] .*{file}: .*{message}"):
-        data.load(name, write_folder(tmp_path, files))
+        data.load(name, tmp_path)
 
 
 def batch(**changes):
@@ -288,8 +302,8 @@ def test_arrays_of_newer_numpy_and_in_column_order(tmp_path):
 def test_unreadable_file_is_named(tmp_path):
     files, _ = files_of("cifar10", cifar.FORMS["cifar10"][0])
     del files["test_batch.bin"]
-    write_folder(tmp_path, files)
-    (tmp_path / "test_batch.bin").mkdir()
+    folder = write_folder(tmp_path / cifar.FORMS["cifar10"][0].folder, files)
+    (folder / "test_batch.bin").mkdir()
     with pytest.raises(DataError, match=r"test_batch\.bin: cannot be read"):
         data.load("cifar10", tmp_path)
 
@@ -498,8 +512,9 @@ def test_download_of_another_file(mirror, tmp_path):
 @pytest.mark.parametrize("url", ("http://127.0.0.1:1", "no address", "http://127.0.0.1:99999", "{mirror}/missing"))
 def test_download_from_nowhere(mirror, tmp_path, monkeypatch, url):
     monkeypatch.setenv("TINYRES_CIFAR_URL", url.format(mirror=cifar.os.environ["TINYRES_CIFAR_URL"]))
-    with pytest.raises(DataError, match=r"cifar-10-binary\.tar\.gz: cannot be downloaded: "):
+    with pytest.raises(DataError, match=r"cifar-10-binary\.tar\.gz: cannot be downloaded: ") as error:
         data.load("cifar10", tmp_path / "new", download=True)
+    assert " 0 of " not in str(error.value) and list((tmp_path / "new").iterdir()) == []
 
 
 # shapes10 -------------------------------------------------------------------------------------------------------------

@@ -15,24 +15,31 @@ import pytest
 import tinyres
 from tinyres import nn, train
 from tinyres.backend import random
-from tinyres.errors import NonFiniteError
+from tinyres.errors import CheckpointError, NonFiniteError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar_resnet.py"
 
 FILES = {"config.json", "metrics.jsonl", "checkpoint.safetensors", "curves.png"}
 
-# Runs the example; argv: the step at which a Ctrl-C arrives, the example, its own arguments
+# Runs the example; argv: when a Ctrl-C arrives (steps, or "load"; comma between), the example, its own arguments
 DRIVER = """
 import runpy, signal, sys
 from tinyres import data
 
 class Loader(data.Loader):
+    def __init__(self, *arguments, **settings):
+        self.stop_at("load")
+        super().__init__(*arguments, **settings)
+
     def batch(self, step):
-        if step == stop_at:
-            signal.raise_signal(signal.SIGINT)
+        self.stop_at(str(step))
         return super().batch(step)
 
-stop_at = int(sys.argv[1])
+    def stop_at(self, now):
+        for _ in range(stops.count(now)):
+            signal.raise_signal(signal.SIGINT)
+
+stops = sys.argv[1].split(",")
 data.Loader = Loader
 sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -57,11 +64,11 @@ def run(tiny):
     """Run the example in a process of its own and return what it printed."""
     package = Path(tinyres.__file__).parents[1]
 
-    def run(out, *arguments, stop_at=-1, status=0):
+    def run(out, *arguments, stop_at="", status=0):
         command = [sys.executable, "-c", DRIVER, str(stop_at), str(EXAMPLE), "--out", str(out), "--device", "cpu"]
         command += ["--depth", "8", "--batch-size", "16", *arguments]
         env = {**os.environ, "PYTHONPATH": str(package), "TINYRES_DATA": str(tiny)}
-        done = subprocess.run(command, cwd=out.parent, env=env, check=False, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=tiny, env=env, check=False, capture_output=True, text=True, timeout=60)
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -143,8 +150,39 @@ def test_resume_refuses_another_run(run, whole):
 def test_afresh_replaces_the_old_run(run, whole, tmp_path):
     out = tmp_path / "run"
     run(out, "--iterations", "1", "--seed", "1")
-    run(out, "--iterations", "7")
+    before = state(out), metrics(out)
+    printed = run(out, "--iterations", "7")
     assert state(out) == state(whole[0]) and metrics(out) == metrics(whole[0])
+    assert f"the old checkpoint is now {out}/checkpoint.previous.safetensors" in printed
+    for kept in ("checkpoint.safetensors", "metrics.jsonl"):
+        (out / kept.replace(".", ".previous.")).replace(out / kept)
+    assert (state(out), metrics(out)) == before
+
+
+def test_stopped_at_once(run, tmp_path):
+    """A Ctrl-C while the data are loaded, and a second one in the loop."""
+    for stop_at in ("load", "1,1"):
+        printed = run(tmp_path / "run", "--iterations", "7", stop_at=stop_at, status=130)
+        assert printed.endswith("stopped at once\n") and "Traceback" not in printed
+
+
+def test_a_folder_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        printed = run(out, "--iterations", "1", status=1)
+        assert str(out) in printed.splitlines()[-1] and printed.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in printed
+
+
+def test_resume_refuses_garbage_in_the_metrics(run, tmp_path):
+    out = tmp_path / "run"
+    run(out, "--iterations", "1")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write("garbage\n")
+    before = (out / "metrics.jsonl").read_bytes()
+    printed = run(out, "--iterations", "1", "--resume", status=1)
+    assert f"error: [metrics] {out}/metrics.jsonl, line 2: " in printed and "Traceback" not in printed
+    assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_paper_recipe(run, tmp_path):
@@ -162,6 +200,14 @@ def test_a_diverging_run_names_step_and_layer(run, tmp_path):
     message = r"error: \[train\] the loss must be finite; got \S+ at step \d+: .* is \S+ \(\w+\)"
     assert re.search(message, printed), printed
     assert "Traceback" not in printed
+
+
+def test_a_run_that_diverges_in_its_last_step(run, tmp_path):
+    """Only the evaluation can see it: no metrics, no checkpoint."""
+    printed = run(tmp_path / "run", "--iterations", "1", "--lr", "1e10", status=1)
+    message = r"error: \[train\] the test loss must be finite; got \S+ at step 1: the first layer .* is \S+ \(\w+\)"
+    assert re.search(message, printed), printed
+    assert metrics(tmp_path / "run") == [] and not (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
 def test_bad_settings_are_one_line(run, tmp_path):
@@ -216,20 +262,34 @@ def test_check_finite_leaves_the_buffers():
         np.testing.assert_array_equal(value, before[name])
 
 
+class Three:
+    """A loader of three points."""
+
+    def epoch(self):
+        yield np.array([[9, 0], [0, 9]], np.float32), np.array([0, 1])
+        yield np.array([[9, 0]], np.float32), np.array([1])
+
+
 def test_evaluate():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9))
     model[0].weight.data[...] = np.eye(2)
     model[0].bias.data[...] = 0
     model[1].eval()
-
-    class Three:
-        def epoch(self):
-            yield np.array([[9, 0], [0, 9]], np.float32), np.array([0, 1])
-            yield np.array([[9, 0]], np.float32), np.array([1])
-
     loss, error = train.evaluate(model, Three())
     assert error == pytest.approx(100 / 3) and loss == pytest.approx((9 + 3 * np.log1p(np.exp(-9))) / 3)
     assert model.training and model[0].training and not model[1].training
+    model[0].weight.data[...] = np.nan
+    with pytest.raises(NonFiniteError, match=r"the test loss must be finite; got nan at step 7: .* is 0 \(Linear\)"):
+        train.evaluate(model, Three(), 7)
+    assert model.training and model[0].training and not model[1].training
+
+
+def test_the_device_is_the_models():
+    model = nn.Sequential(nn.Linear(2, 2)).to("reference")
+    assert np.isfinite(train.evaluate(model, Three())).all()
+    with pytest.raises(NonFiniteError, match="every layer's output is finite"):
+        train.check_finite(float("nan"), model, np.ones((1, 2), np.float32), 0)
+    assert np.isfinite(train.evaluate(nn.Flatten(), Three())).all()  # no parameters: the default device
 
 
 def test_metrics_log(tmp_path):
@@ -239,7 +299,19 @@ def test_metrics_log(tmp_path):
         log.write(step=step, loss=0.1 * step)
     assert [line["step"] for line in train.MetricsLog(path, 20).lines] == [10, 20]
     assert [line["loss"] for line in train.read_metrics(path)] == [1.0, 2.0]
-    assert train.MetricsLog(path).lines == [] and path.read_text() == ""
+    log = train.MetricsLog(path)
+    assert log.lines == [] and path.read_text() == ""
+    with pytest.raises(NonFiniteError, match=r"^\[metrics\] "):
+        log.write(step=1, loss=float("nan"))
+    assert log.lines == [] and path.read_text() == ""
+
+
+@pytest.mark.parametrize("garbage", [b"{", b"\xff", b"", b"[1]", b'{"loss": 1}', b'{"step": "1"}'])
+def test_garbage_in_metrics_is_named(tmp_path, garbage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + garbage + b'\n{"step": 3}\n{"st')
+    with pytest.raises(CheckpointError, match=r"^\[metrics\] .*metrics\.jsonl, line 2: "):
+        train.read_metrics(path)
 
 
 def test_progress_in_plain_lines():

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyres.autograd import Tensor
 from tinyres.errors import CheckpointError, expect
 
 FORMAT = "tinyres"
@@ -26,8 +27,9 @@ def save(path: str | os.PathLike[str], /, **items: Any) -> None:
     """Write `items` to `path`, whole or not at all.
 
     An item is a dict or list (nested as you like, with str keys) of arrays and JSON values, or anything that has a
-    `state_dict()`, which is then saved in its place. Arrays keep their dtype and shape, 0-d ones too; tuples become
-    lists. A file that stood at `path` is replaced only when the new one is safely on disk.
+    `state_dict()`, which is then saved in its place, as is a Tensor's array in its own. Arrays keep their dtype and
+    shape, 0-d ones too; tuples become lists. A file that stood at `path` is replaced only when the new one is safely
+    on disk.
 
     Raises CheckpointError for a value that cannot be stored; OSError where the folder cannot be written.
     """
@@ -95,6 +97,8 @@ def _split(value, path, arrays):
     """The JSON part of `value`; its arrays go into `arrays` by their path."""
     if hasattr(value, "state_dict"):
         value = value.state_dict()
+    if isinstance(value, Tensor):
+        value = value.numpy()
     if isinstance(value, (np.ndarray, np.generic)):
         name = "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
         expect(name != "__metadata__", "save", "safetensors reserves this name", CheckpointError, name=name)
@@ -107,7 +111,7 @@ def _split(value, path, arrays):
     if isinstance(value, (list, tuple)):
         return [_split(item, (*path, str(i)), arrays) for i, item in enumerate(value)]
     plain = value is None or isinstance(value, (bool, int, float, str))
-    rule = "items must be arrays, JSON values, or have state_dict()"
+    rule = "items must be arrays, Tensors, JSON values, or have state_dict()"
     expect(plain, "save", rule, CheckpointError, at="/".join(path), type=type(value).__name__)
     return value
 

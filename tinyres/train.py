@@ -16,9 +16,9 @@ import numpy as np
 
 from tinyres import _cpu, ops
 from tinyres.autograd import Tensor, no_grad, tensor
-from tinyres.backend import Array, random
+from tinyres.backend import Array, Device, random
 from tinyres.checkpoint import write_atomic
-from tinyres.errors import NonFiniteError
+from tinyres.errors import CheckpointError, NonFiniteError
 from tinyres.nn import Module
 from tinyres.version import __version__
 
@@ -73,24 +73,29 @@ class Running:
         vars(self).update(state)
 
 
-def evaluate(model: Module, loader: Loader) -> tuple[float, float]:
+def evaluate(model: Module, loader: Loader, step: int = 0) -> tuple[float, float]:
     """Mean loss and error in percent of `model`, in evaluation mode, over one pass of `loader.epoch()`.
 
-    Every module is left in the mode in which it was.
+    Every module is left in the mode in which it was. Raises NonFiniteError as `check_finite` does, with the number
+    `step` of the steps trained so far, at the first batch whose loss is not finite.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     running = Running()
-    with no_grad():
-        for x, labels in loader.epoch():
-            logits = model(tensor(x))
-            running.add(ops.cross_entropy(logits, labels).item(), logits, labels)
-    for module, training in modes:
-        module.training = training
+    try:
+        with no_grad():
+            for x, labels in loader.epoch():
+                logits = model(tensor(x, device=_device(model)))
+                loss = ops.cross_entropy(logits, labels).item()
+                check_finite(loss, model, x, step, "test loss")
+                running.add(loss, logits, labels)
+    finally:
+        for module, training in modes:
+            module.training = training
     return running.loss, running.error
 
 
-def check_finite(loss: float, model: Module, x: Tensor | Array, step: int) -> None:
+def check_finite(loss: float, model: Module, x: Tensor | Array, step: int, name: str = "loss") -> None:
     """Return quietly if `loss` (float) is finite; else raise NonFiniteError, which names the step and the culprit.
 
     The forward pass of the batch `x` is run again, and the first layer whose output is not finite is named, by its
@@ -99,12 +104,12 @@ def check_finite(loss: float, model: Module, x: Tensor | Array, step: int) -> No
     """
     if math.isfinite(loss):
         return
-    x = x if isinstance(x, Tensor) else tensor(x)
+    x = x if isinstance(x, Tensor) else tensor(x, device=_device(model))
     if _finite(x):
         culprit = _first_non_finite(model, x)
     else:
         culprit = "the input batch itself is not finite"
-    raise NonFiniteError(f"[train] the loss must be finite; got {loss} at step {step}: {culprit}")
+    raise NonFiniteError(f"[train] the {name} must be finite; got {loss} at step {step}: {culprit}")
 
 
 def _first_non_finite(model, x):
@@ -133,8 +138,13 @@ def _first_non_finite(model, x):
     text = f"the first layer whose output was not finite is {name or 'the model'} ({type(module).__name__})"
     broken = [parameter for parameter, value in module.named_parameters() if not _finite(value)]
     if broken:
-        text += f"; its {', '.join(broken)} was not finite before this step, so that an earlier update overflowed"
+        text += f"; its {', '.join(broken)} was not finite before, so that an earlier update overflowed"
     return text
+
+
+def _device(model: Module) -> Device | None:
+    """Where the model's first parameter lies; None, the default, for a model without parameters."""
+    return next((parameter.device for parameter in model.parameters()), None)
 
 
 def _finite(value):
@@ -146,6 +156,8 @@ class MetricsLog:
 
     Lines of steps past `step` are dropped on opening: the run goes on from a checkpoint at that step and will write
     them again. `step=0` starts the file afresh. `lines` holds what stands in the file, as dicts.
+    Raises CheckpointError as `read_metrics` does; `write` raises NonFiniteError for a NaN or an infinity, for which
+    JSON has no words.
     """
 
     path: Path
@@ -158,19 +170,34 @@ class MetricsLog:
         write_atomic(self.path, text.encode())
 
     def write(self, **line: Any) -> None:
+        try:
+            text = json.dumps(line, allow_nan=False)
+        except ValueError as error:
+            raise NonFiniteError(f"[metrics] a line must hold finite numbers; got {line}") from error
         self.lines.append(line)
         with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(text + "\n")
             file.flush()
             os.fsync(file.fileno())
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics file as a list of dicts; [] if there is none. A torn last line is left out."""
+    """The lines of a metrics file as a list of dicts; [] if there is none. A torn last line is left out.
+
+    Raises CheckpointError, naming file and line, for any other line that is no JSON object with a step.
+    """
     if not os.path.exists(path):
         return []
-    text = Path(path).read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = []
+    for number, text in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+        except ValueError:  # JSONDecodeError, UnicodeDecodeError
+            line = None
+        if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
+            raise CheckpointError(f"[metrics] {path}, line {number}: must be a JSON object with a step")
+        lines.append(line)
+    return lines
 
 
 class Progress:

@@ -123,10 +123,15 @@ def folders(data_dir: str | os.PathLike[str] | None = None) -> list[Path]:
 
 
 def find(name: str, data_dir: str | os.PathLike[str] | None = None) -> Found | None:
-    """The first place that holds the set `name`, as Found, or None. Nothing is opened yet."""
+    """The first place that holds the set `name`, as Found, or None. Nothing is opened yet.
+
+    A searched folder by another than its official name must hold all the images' files, since a file called
+    "train" or "test" by itself can be anything; in an official folder `read` says which one is missing.
+    """
     for root in folders(data_dir):
         for form in FORMS[name]:
-            if any(os.path.isfile(root / file) for file in form.train + form.test):
+            enough = any if root.absolute().name == form.folder else all
+            if enough(os.path.isfile(root / file) for file in form.train + form.test):
                 return Found(form, root)
             if os.path.isdir(root / form.folder):
                 return Found(form, root / form.folder)
@@ -383,7 +388,11 @@ def download(name: str, data_dir: str | os.PathLike[str] | None = None) -> Found
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
-        _fetch(url, part, form)
+        try:
+            _fetch(url, part, form)
+        finally:
+            if not part.stat().st_size:
+                part.unlink()
         md5 = _md5(part)
         if md5 != form.md5:
             part.unlink()  # nothing to go on from
@@ -399,8 +408,8 @@ def _fetch(url, part, form):
     reached, reason = -1, None
     with _progress(form) as progress:
         while (have := part.stat().st_size) < form.size:
-            kept = f"{have} of {form.size} bytes stay in {part} and the next download goes on from there"
-            _check(have > reached, url, f"cannot be downloaded: {reason}; {kept}")
+            kept = f"; {have} of {form.size} bytes stay in {part} and the next download goes on from there"
+            _check(have > reached, url, f"cannot be downloaded: {reason}{kept if have else ''}")
             reached = have
             reason = _receive(url, part, have, form.size, progress)
 
