@@ -17,6 +17,7 @@ import tempfile
 import time
 
 import harness
+from tinyres import _cpu
 
 PROGRAMS = {
     "ours": [harness.ROOT / "examples/cifar_resnet.py"],
@@ -84,7 +85,9 @@ def main():
         )
     if args.json:
         fields = {"depth": args.depth, "dataset": args.dataset, "recipe": args.recipe, "seeds": args.seeds}
-        harness.write_json(args.json, {**harness.result("train_run", threads, **fields), "competitors": competitors})
+        harness.write_json(
+            args.json, {**harness.result("train_run", threads, _cpu.isa(), **fields), "competitors": competitors}
+        )
 
 
 if __name__ == "__main__":
