@@ -35,27 +35,27 @@ NO_TSAN inline bool next_arrival(Copy* copy, unsigned keep) {
   return true;
 }
 
-// These two are instrumented: both the early end of the old bytes and the late arrival of the new are writes by this
-// thread, and should race with whoever reads without a barrier between.
-inline void begin_copy(void* dst, const void* src, unsigned bytes, bool valid, const char* operation, const char* file,
+// Both the early end of the old bytes and the late arrival of the new are writes by this thread, and race with whoever
+// reads without a barrier between.
+NO_TSAN inline void begin_copy(void* dst, const void* src, unsigned bytes, bool valid, const char* operation, const char* file,
                        int line) {
   queue_copy(Copy{dst, src, bytes, 0, valid}, operation, file, line);
-  std::memset(dst, 0xff, bytes);
+  kernel_writes(dst, bytes);
+  for (unsigned i = 0; i < bytes / 4; i++) static_cast<u32*>(dst)[i] = ~0u;
 #ifdef TINYRES_ASAN
   ASAN_POISON_MEMORY_REGION(dst, bytes);
 #endif
 }
 
-inline void finish_copies(unsigned keep) {
+NO_TSAN inline void finish_copies(unsigned keep) {
   for (Copy copy; next_arrival(&copy, keep);) {
 #ifdef TINYRES_ASAN
     ASAN_UNPOISON_MEMORY_REGION(copy.dst, copy.bytes);
 #endif
-    if (copy.valid) {
-      std::memcpy(copy.dst, copy.src, copy.bytes);
-    } else {
-      std::memset(copy.dst, 0, copy.bytes);
-    }
+    if (copy.valid) kernel_reads(copy.src, copy.bytes);
+    kernel_writes(copy.dst, copy.bytes);
+    for (unsigned i = 0; i < copy.bytes / 4; i++)
+      static_cast<u32*>(copy.dst)[i] = copy.valid ? static_cast<const u32*>(copy.src)[i] : 0;
   }
 }
 

@@ -23,6 +23,8 @@
 #endif
 #ifdef TINYRES_TSAN
 #include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_read_range(void* p, unsigned long bytes);
+extern "C" void __tsan_write_range(void* p, unsigned long bytes);
 #define NO_TSAN __attribute__((no_sanitize("thread")))
 #else
 #define NO_TSAN
@@ -34,9 +36,15 @@ namespace tinyres::emulation {
 NO_TSAN inline void tsan_enter(void* fiber) { __tsan_switch_to_fiber(fiber, __tsan_switch_to_fiber_no_sync); }
 NO_TSAN inline void tsan_acquire(void* token) { __tsan_acquire(token); }
 NO_TSAN inline void tsan_release(void* token) { __tsan_release(token); }
+// What the emulation reads and writes on behalf of a kernel. Said outright, since the compiler may expand a memcpy
+// after it has placed its instrumentation.
+NO_TSAN inline void kernel_reads(const void* p, std::size_t bytes) { __tsan_read_range(const_cast<void*>(p), bytes); }
+NO_TSAN inline void kernel_writes(void* p, std::size_t bytes) { __tsan_write_range(p, bytes); }
 #else
 inline void tsan_acquire(void*) {}
 inline void tsan_release(void*) {}
+inline void kernel_reads(const void*, std::size_t) {}
+inline void kernel_writes(void*, std::size_t) {}
 #endif
 
 struct Fiber {

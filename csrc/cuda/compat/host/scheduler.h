@@ -252,6 +252,7 @@ struct Engine {
     const bool done = !failed && returned == threads;
     if (!done) abandon();
 #ifdef TINYRES_TSAN
+    tsan_release(&tokens->done);  // the launcher allocated what is freed here
     tsan_enter(reaper);
     tsan_acquire(&tokens->done);
 #endif
@@ -305,7 +306,8 @@ struct Engine {
   std::string reason() const {
     if (failed) return thread_name(*current) + ": " + failure;
     std::string text = "no thread can go on:";
-    for (int i = 0, next; i < threads; i = next) {
+    for (int i = 0, next, runs = 0; i < threads; i = next) {
+      if (++runs > 16) return text + ", ...";
       const Thread& t = all[i];
       for (next = i + 1; next < threads; next++) {
         const Thread& o = all[next];
