@@ -7,7 +7,7 @@
 #include <cmath>
 #include <string>
 
-#include "array.h"
+#include "testing.h"
 
 using namespace tinyres;
 
@@ -227,12 +227,6 @@ struct Samples : Array<float> {
   }
 };
 
-template <class Kernel, class... Args>
-void go(Kernel* kernel, dim3 grid, dim3 block, Args... args) {
-  launch("planted", kernel, grid, block, 512, nullptr, args...);
-  wait();
-}
-
 template <class Reference>
 bool equal(Array<float>& y, int n, Reference reference) {
   for (int i = 0; i < n; i++) {
@@ -251,7 +245,7 @@ bool check_centre(bool bug) {
   const int M = 64, C = 16;
   Samples x(M * C);
   Array<float> y(M * C);
-  go(bug ? centre<true> : centre<false>, dim3(C / 8), dim3(8, 16), y.data(), x.data(), M, C);
+  go(bug ? centre<true> : centre<false>, dim3(C / 8), dim3(8, 16), 0, y.data(), x.data(), M, C);
   return equal(y, M * C, [=](int i) {
     float sum = 0;
     for (int m = 0; m < M; m++) sum += sample(m * C + i % C);
@@ -262,7 +256,7 @@ bool check_centre(bool bug) {
 bool check_tree(bool bug) {
   Samples x(128);
   Array<float> y(1);
-  go(bug ? tree_sum<true> : tree_sum<false>, dim3(1), dim3(128), y.data(), x.data());
+  go(bug ? tree_sum<true> : tree_sum<false>, dim3(1), dim3(128), 0, y.data(), x.data());
   return equal(y, 1, [](int) { return sum_of(0, 128); });
 }
 
@@ -271,7 +265,7 @@ bool check_tiles(Kernel* kernel, int threads, int size) {
   const int tiles = 4;
   Samples x(tiles * size);
   Array<float> y(threads);
-  go(kernel, dim3(1), dim3(unsigned(threads)), y.data(), x.data(), tiles);
+  go(kernel, dim3(1), dim3(unsigned(threads)), 0, y.data(), x.data(), tiles);
   return equal(y, threads, [=](int t) {
     float sum = 0;
     for (int i = 0; i < tiles * size; i++) sum += sample(i) * float((t + i % size) % 5);
@@ -289,14 +283,14 @@ bool check_pipeline(bool bug) {
 bool check_swap(bool bug) {
   Samples x(128);
   Array<float> y(128);
-  go(bug ? swap_neighbours<true> : swap_neighbours<false>, dim3(1), dim3(128), y.data(), x.data());
+  go(bug ? swap_neighbours<true> : swap_neighbours<false>, dim3(1), dim3(128), 0, y.data(), x.data());
   return equal(y, 128, [](int i) { return sample(i ^ 1); });
 }
 
 bool check_count(bool bug) {
   Samples x(128);
   Array<int> y(1);
-  go(bug ? count_positive<true> : count_positive<false>, dim3(1), dim3(128), y.data(), x.data());
+  go(bug ? count_positive<true> : count_positive<false>, dim3(1), dim3(128), 0, y.data(), x.data());
   int count = 0;
   for (int i = 0; i < 128; i++) count += sample(i) > 0;
   return y[0] == count;
@@ -305,7 +299,7 @@ bool check_count(bool bug) {
 bool check_blocks(bool bug) {
   Samples x(6 * 32);
   Array<float> y(32);
-  go(bug ? sum_over_blocks<true> : sum_over_blocks<false>, dim3(6), dim3(32), y.data(), x.data());
+  go(bug ? sum_over_blocks<true> : sum_over_blocks<false>, dim3(6), dim3(32), 0, y.data(), x.data());
   return equal(y, 32, [](int c) {
     float sum = 0;
     for (int row = 0; row < 6; row++) sum += sample(row * 32 + c);
@@ -317,7 +311,7 @@ bool check_last_block(bool bug) {
   Samples x(6 * 32);
   Array<float> y(1), part(6);
   Array<unsigned> arrived(1);
-  go(bug ? last_block_sum<true> : last_block_sum<false>, dim3(6), dim3(32), y.data(), part.data(), arrived.data(),
+  go(bug ? last_block_sum<true> : last_block_sum<false>, dim3(6), dim3(32), 0, y.data(), part.data(), arrived.data(),
      x.data());
   return equal(y, 1, [](int) { return sum_of(0, 6 * 32); });
 }
@@ -325,28 +319,28 @@ bool check_last_block(bool bug) {
 bool check_unwritten(bool bug) {
   Samples x(128);
   Array<float> y(128);
-  go(bug ? unwritten<true> : unwritten<false>, dim3(1), dim3(128), y.data(), x.data(), 128);
+  go(bug ? unwritten<true> : unwritten<false>, dim3(1), dim3(128), 0, y.data(), x.data(), 128);
   return equal(y, 128, [](int i) { return sample(i) + (i < 127 ? sample(i + 1) : 0); });
 }
 
 bool check_half_warp(bool bug) {
   Samples x(64);
   Array<float> y(2);
-  go(bug ? half_warp_shuffle<true> : half_warp_shuffle<false>, dim3(1), dim3(64), y.data(), x.data());
+  go(bug ? half_warp_shuffle<true> : half_warp_shuffle<false>, dim3(1), dim3(64), 0, y.data(), x.data());
   return equal(y, 2, [](int i) { return sum_of(i * 32, 32); });
 }
 
 bool check_two_barriers(bool bug) {
   Samples x(128);
   Array<float> y(128);
-  go(bug ? two_barriers<true> : two_barriers<false>, dim3(1), dim3(128), y.data(), x.data());
+  go(bug ? two_barriers<true> : two_barriers<false>, dim3(1), dim3(128), 0, y.data(), x.data());
   return equal(y, 128, [](int i) { return sample(127 - i); });
 }
 
 bool check_early_return(bool bug) {
   Samples x(50);
   Array<float> y(2);
-  go(bug ? early_return<true> : early_return<false>, dim3(1), dim3(64), y.data(), x.data(), 50);
+  go(bug ? early_return<true> : early_return<false>, dim3(1), dim3(64), 0, y.data(), x.data(), 50);
   return equal(y, 2, [](int i) { return i ? sum_of(32, 18) : sum_of(0, 32); });
 }
 
@@ -354,7 +348,7 @@ template <class Kernel>
 bool check_past(Kernel* kernel) {
   Samples x(128);
   Array<float> y(128);
-  go(kernel, dim3(1), dim3(128), y.data(), x.data());
+  go(kernel, dim3(1), dim3(128), 128 * sizeof(float), y.data(), x.data());
   return equal(y, 127, [](int i) { return sample(i + 1); });
 }
 bool check_past_static(bool bug) { return check_past(bug ? past_static<true> : past_static<false>); }
@@ -364,7 +358,7 @@ bool check_past_raw(bool bug) { return check_past(bug ? past_raw<true> : past_ra
 bool check_misaligned(bool bug) {
   Samples x(32 * 4 + 4);
   Array<float> y(32);
-  go(bug ? misaligned<true> : misaligned<false>, dim3(1), dim3(32), y.data(), x.data());
+  go(bug ? misaligned<true> : misaligned<false>, dim3(1), dim3(32), 0, y.data(), x.data());
   return equal(y, 32, [](int i) { return sum_of(4 * i + 1, 3); });
 }
 

@@ -37,7 +37,7 @@ NO_TSAN inline bool next_arrival(Copy* copy, unsigned keep) {
 
 // Both the early end of the old bytes and the late arrival of the new are writes by this thread, and race with whoever
 // reads without a barrier between.
-NO_TSAN inline void begin_copy(void* dst, const void* src, unsigned bytes, bool valid, const char* operation, const char* file,
+inline void begin_copy(void* dst, const void* src, unsigned bytes, bool valid, const char* operation, const char* file,
                        int line) {
   queue_copy(Copy{dst, src, bytes, 0, valid}, operation, file, line);
   kernel_writes(dst, bytes);
@@ -47,7 +47,7 @@ NO_TSAN inline void begin_copy(void* dst, const void* src, unsigned bytes, bool 
 #endif
 }
 
-NO_TSAN inline void finish_copies(unsigned keep) {
+inline void finish_copies(unsigned keep) {
   for (Copy copy; next_arrival(&copy, keep);) {
 #ifdef TINYRES_ASAN
     ASAN_UNPOISON_MEMORY_REGION(copy.dst, copy.bytes);

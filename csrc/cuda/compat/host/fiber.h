@@ -37,9 +37,10 @@ NO_TSAN inline void tsan_enter(void* fiber) { __tsan_switch_to_fiber(fiber, __ts
 NO_TSAN inline void tsan_acquire(void* token) { __tsan_acquire(token); }
 NO_TSAN inline void tsan_release(void* token) { __tsan_release(token); }
 // What the emulation reads and writes on behalf of a kernel. Said outright, since the compiler may expand a memcpy
-// after it has placed its instrumentation.
-NO_TSAN inline void kernel_reads(const void* p, std::size_t bytes) { __tsan_read_range(const_cast<void*>(p), bytes); }
-NO_TSAN inline void kernel_writes(void* p, std::size_t bytes) { __tsan_write_range(p, bytes); }
+// after it has placed its instrumentation. Instrumented, as callers must be, or the kernel's line would be missing from
+// the report.
+inline void kernel_reads(const void* p, std::size_t bytes) { __tsan_read_range(const_cast<void*>(p), bytes); }
+inline void kernel_writes(void* p, std::size_t bytes) { __tsan_write_range(p, bytes); }
 #else
 inline void tsan_acquire(void*) {}
 inline void tsan_release(void*) {}

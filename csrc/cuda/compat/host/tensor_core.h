@@ -40,7 +40,7 @@ NO_TSAN inline void check_row(const void* row, const Site& here) {
 
 // The row is read here, by the lane that names it and under the sanitizers' eyes.
 template <int N, bool TRANSPOSED>
-NO_TSAN inline void ldmatrix(u32 (&d)[N], const void* row, Site here) {
+inline void ldmatrix(u32 (&d)[N], const void* row, Site here) {
   Row mine = {};
   if (lane_number() < 8 * N) {
     check_row(row, here);
@@ -112,7 +112,7 @@ NO_TSAN inline void combine_mma_tf32(Thread* lanes, u32) {
   multiply(lanes, a, b);
 }
 
-NO_TSAN inline void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], Site here, Combine combine) {
+inline void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], Site here, Combine combine) {
   const Fragments in{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {d[0], d[1], d[2], d[3]}};
   const auto out = exchange<Accumulators>(~0u, here, in, combine);
   for (int i = 0; i < 4; i++) d[i] = out.d[i];

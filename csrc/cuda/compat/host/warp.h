@@ -27,6 +27,13 @@ NO_TSAN inline bool agrees(const Site& here, const Thread& other, u32 mask) {
          same_text(other.file, here.file);
 }
 
+NO_TSAN inline bool all_agree(const Site& here, const Thread* lanes, u32 mask) {
+  for (u32 rest = mask; rest; rest &= rest - 1) {
+    if (!agrees(here, lanes[__builtin_ctz(rest)], mask)) return false;
+  }
+  return true;
+}
+
 // Shuffles and votes exchange values, but order no other memory; only __syncwarp does (`orders`).
 NO_TSAN inline void meet(u32 mask, Site here, Combine combine, bool orders) {
   Engine& e = *engine;
@@ -42,8 +49,12 @@ NO_TSAN inline void meet(u32 mask, Site here, Combine combine, bool orders) {
   self.file = here.file;
   self.line = here.line;
   self.mask = mask;
+  // A lane that waits with a mask without this one may be on its way here; a lane that waits for this one is not.
   const u32 others = warp.waiting & mask;
-  if (others && !agrees(here, lanes[__builtin_ctz(others)], mask)) fail_diverged(here, lanes[__builtin_ctz(others)], mask);
+  if (others) {
+    const Thread& other = lanes[__builtin_ctz(others)];
+    if (!agrees(here, other, mask) && other.mask >> lane & 1) fail_diverged(here, other, mask);
+  }
 #ifdef TINYRES_TSAN
   const int lowest = __builtin_ctz(mask);
   void* token = &e.tokens->warp[w][lowest][warp.meetings[lowest] % 2];
@@ -52,11 +63,7 @@ NO_TSAN inline void meet(u32 mask, Site here, Combine combine, bool orders) {
   (void)orders;
 #endif
   warp.waiting |= 1u << lane;
-  if ((warp.waiting & mask) == mask) {
-    for (u32 rest = mask; rest; rest &= rest - 1) {
-      const Thread& other = lanes[__builtin_ctz(rest)];
-      if (!agrees(here, other, mask)) fail_diverged(here, other, mask);
-    }
+  if ((warp.waiting & mask) == mask && all_agree(here, lanes, mask)) {
     if (combine) combine(lanes, mask);
     warp.waiting &= ~mask;
     warp.meetings[__builtin_ctz(mask)]++;

@@ -1,12 +1,26 @@
-// Memory that host and kernels both see, for tests that run with either compiler: plain memory, or managed memory.
+// For test programs that run with either compiler.
 #pragma once
 
 #include <cstdio>
 #include <cstdlib>
-#include <vector>
 
 #include "cuda.h"
 
+inline int failures = 0;
+
+#define CHECK(...) check_that(__VA_ARGS__, #__VA_ARGS__, __FILE__, __LINE__)
+
+inline void check_that(bool holds, const char* text, const char* file, int line) {
+  if (holds) return;
+  if (++failures <= 20) std::printf("%s:%d: %s\n", file, line, text);
+}
+
+inline int report() {  // what main returns
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
+
+// Memory that the program and its kernels both see.
 template <class T>
 class Array {
  public:
@@ -41,4 +55,10 @@ inline void wait() {
 #ifdef __CUDACC__
   tinyres::check("wait", cudaDeviceSynchronize());
 #endif
+}
+
+template <class Kernel, class... Args>
+void go(Kernel* kernel, dim3 grid, dim3 block, std::size_t smem_bytes, Args... args) {
+  tinyres::launch("test", kernel, grid, block, smem_bytes, nullptr, args...);
+  wait();
 }
