@@ -1,5 +1,5 @@
-// Tests of csrc/cuda/compat for either compiler: what CUDA promises of barriers, collectives, shared memory, asynchronous
-// copies, fragments and number formats. Built by nvcc and run on a GPU, they prove the PTX wrappers.
+// Tests of csrc/cuda/compat for either compiler: what CUDA promises of barriers, collectives, shared memory,
+// asynchronous copies, fragments and number formats. Built by nvcc and run on a GPU, they prove the PTX wrappers.
 #include <cmath>
 #include <cstring>
 
@@ -9,7 +9,8 @@ using namespace tinyres;
 
 namespace {
 
-// ---- indices, barriers, atomics --------------------------------------------------------------------------------------
+// ---- indices, barriers, atomics
+// --------------------------------------------------------------------------------------
 
 __global__ void number_threads(unsigned* seen, unsigned threads) {
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
@@ -90,7 +91,8 @@ void test_atomics() {
   CHECK(y[0].exchanged >= 1 && y[0].exchanged <= unsigned(n));
 }
 
-// ---- warp collectives ------------------------------------------------------------------------------------------------
+// ---- warp collectives
+// ------------------------------------------------------------------------------------------------
 
 template <class T>
 __global__ void shuffles(T* y, int width) {
@@ -173,7 +175,8 @@ void test_syncwarp() {
   for (int t = 0; t < 128; t++) CHECK(y[t] == (t % 32 + 1) * (t % 32 + 2) / 2);
 }
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------
+// ---- shared memory
+// ---------------------------------------------------------------------------------------------------
 
 template <class T, int ROWS>
 __device__ T* scratch() {  // one array for each instance, the same one on every call
@@ -218,7 +221,8 @@ void test_shared() {
   CHECK(aligned[0] == 10);
 }
 
-// ---- asynchronous copies ------------------------------------------------------------------------------------------------
+// ---- asynchronous copies
+// ------------------------------------------------------------------------------------------------
 
 __global__ void fetch(float* y, const float* x) {
   SHARED(s, float[4][128]);
@@ -258,7 +262,8 @@ void test_async_copies() {
   }
 }
 
-// ---- tensor cores -------------------------------------------------------------------------------------------------------
+// ---- tensor cores
+// -------------------------------------------------------------------------------------------------------
 
 // The layouts anew, as a linear map: element v of lane t lies where the bits of t and v, times their strides, add up
 // to. Written down from the figures of the PTX ISA, "Matrix Fragments for mma.m16n8k16 / .m16n8k8", column-major tiles.
@@ -367,7 +372,8 @@ void test_ldmatrix() {
   }
 }
 
-// ---- number formats -----------------------------------------------------------------------------------------------------
+// ---- number formats
+// -----------------------------------------------------------------------------------------------------
 
 // Of the two neighbours of x whose low `drop` bits are zero: the nearer one, found in double. Infinity counts as 2^128.
 u32 nearest(u32 bits, int drop, bool ties_to_even) {

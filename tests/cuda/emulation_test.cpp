@@ -36,7 +36,8 @@ void check_fails(int line, const std::string& part, Kernel* kernel, unsigned thr
 
 std::string at(int line) { return std::string(__FILE__) + ":" + std::to_string(line); }
 
-// ---- threads that do not meet ----------------------------------------------------------------------------------------
+// ---- threads that do not meet
+// ----------------------------------------------------------------------------------------
 
 constexpr int BARRIERS = __LINE__ + 3;
 __global__ void different_barriers() {
@@ -113,7 +114,8 @@ void test_meetings() {
   CHECK_FAILS("has lanes 0x000003ff only", vote_of_all, 42, 0, y.data());
 }
 
-// ---- shared memory ---------------------------------------------------------------------------------------------------
+// ---- shared memory
+// ---------------------------------------------------------------------------------------------------
 
 __global__ void large_static() {
   SHARED(a, float[8][1024]);
@@ -154,7 +156,8 @@ void test_shared() {
   for (int i = 0; i < 64; i++) CHECK(std::isnan(y[i]));
 }
 
-// ---- asynchronous copies and fragments -----------------------------------------------------------------------------------
+// ---- asynchronous copies and fragments
+// -----------------------------------------------------------------------------------
 
 enum class Mistake { none, misaligned, to_global, too_many, no_wait, no_commit, late };
 
@@ -216,7 +219,8 @@ void test_copies() {
   CHECK(y[0] == 4.0f && __uint_as_float(to_tf32(1.0f + 0x1.8p-11f)) == 1.0f + 0x1p-10f);
 }
 
-// ---- launches ----------------------------------------------------------------------------------------------------------
+// ---- launches
+// ----------------------------------------------------------------------------------------------------------
 
 __global__ void nothing() {}
 __global__ void launches() { launch("inner", nothing, 1, 1, 0, nullptr); }
@@ -275,7 +279,8 @@ void test_os_threads() {
   CHECK(sums[0] == 20 * 3 * 64 * 64 && sums[1] == sums[0]);
 }
 
-// ---- schedules -----------------------------------------------------------------------------------------------------------
+// ---- schedules
+// -----------------------------------------------------------------------------------------------------------
 
 __global__ void note_order(int* order, int* next) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);

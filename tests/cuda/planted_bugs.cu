@@ -98,7 +98,8 @@ __global__ void swap_neighbours(float* y, const float* x) {
   y[threadIdx.x] = s[threadIdx.x ^ 1];
 }
 
-// ---- lost updates, and what was never written ------------------------------------------------------------------------
+// ---- lost updates, and what was never written
+// ------------------------------------------------------------------------
 
 template <bool BUG>
 __global__ void count_positive(int* y, const float* x) {
@@ -153,7 +154,8 @@ __global__ void unwritten(float* y, const float* x, int n) {
   y[t] = s[t] + s[t + 1];
 }
 
-// ---- threads that do not come ----------------------------------------------------------------------------------------
+// ---- threads that do not come
+// ----------------------------------------------------------------------------------------
 
 __device__ float warp_sum(float value) {
   for (int delta = 16; delta > 0; delta /= 2) value += __shfl_down_sync(~0u, value, unsigned(delta));
@@ -216,7 +218,8 @@ __global__ void misaligned(float* y, const float* x) {
   y[threadIdx.x] = i ? v.x + v.y + v.z : v.y + v.z + v.w;  // x[1..3] or the same three
 }
 
-// ---- each against its reference ---------------------------------------------------------------------------------------
+// ---- each against its reference
+// ---------------------------------------------------------------------------------------
 
 // Small whole numbers: every sum of them is exact, in whatever order.
 float sample(int i) { return float((i * 7 + 3) % 11 - 4); }

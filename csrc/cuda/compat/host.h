@@ -8,12 +8,12 @@
 // The parts, each standing on those before it:
 #pragma once
 
+#include "host/async_copy.h"  // cp.async
+#include "host/atomics.h"
 #include "host/cuda_names.h"   // keywords, vector types, mathematics
 #include "host/fiber.h"        // a stack and how to change to another; what the sanitizers must be told
-#include "host/scheduler.h"    // blocks, barriers, failures
 #include "host/launch.h"       // grids
+#include "host/scheduler.h"    // blocks, barriers, failures
 #include "host/shared.h"       // shared arrays and the arena
-#include "host/warp.h"         // shuffles, votes
-#include "host/async_copy.h"   // cp.async
 #include "host/tensor_core.h"  // ldmatrix, mma
-#include "host/atomics.h"
+#include "host/warp.h"         // shuffles, votes

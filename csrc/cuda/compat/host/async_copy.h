@@ -1,5 +1,6 @@
 // Asynchronous copies. The bytes arrive as late as the hardware may let them, at the wait that covers their group; what
-// they replace is gone as early as it may be, at the issue: NaN, and to AddressSanitizer forbidden ground until the wait.
+// they replace is gone as early as it may be, at the issue: NaN, and to AddressSanitizer forbidden ground until the
+// wait.
 #pragma once
 
 #include "shared.h"
@@ -13,7 +14,8 @@ NO_TSAN inline Copy& ring_entry(const Thread& t, int i) {
 
 NO_TSAN inline void queue_copy(const Copy& copy, const char* operation, const char* file, int line) {
   Thread& self = *engine->current;
-  if (reinterpret_cast<std::uintptr_t>(copy.dst) % copy.bytes || reinterpret_cast<std::uintptr_t>(copy.src) % copy.bytes)
+  if (reinterpret_cast<std::uintptr_t>(copy.dst) % copy.bytes ||
+      reinterpret_cast<std::uintptr_t>(copy.src) % copy.bytes)
     fail("%s at %s:%d: both addresses must be multiples of %u; got %p, %p", operation, file, line, copy.bytes, copy.dst,
          copy.src);
   if (!is_shared(copy.dst, copy.bytes))

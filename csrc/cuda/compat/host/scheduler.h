@@ -35,8 +35,8 @@ struct Thread {
 };
 
 struct Warp {
-  u32 exists, waiting;     // lanes: part of the block; in a collective
-  unsigned meetings[32];   // collectives completed, by the lowest lane of their mask
+  u32 exists, waiting;    // lanes: part of the block; in a collective
+  unsigned meetings[32];  // collectives completed, by the lowest lane of their mask
 };
 
 // One block's shared array: static ones are known by the address of their declaration, dynamic ones by their number.
@@ -315,7 +315,8 @@ struct Engine {
       }
       text += i ? ", thread" : " thread";
       text += next - i > 1 ? "s " + std::to_string(i) + ".." + std::to_string(next - 1) : " " + std::to_string(i);
-      text += t.returned ? " returned" : std::string(" in ") + t.operation + " at " + t.file + ":" + std::to_string(t.line);
+      text +=
+          t.returned ? " returned" : std::string(" in ") + t.operation + " at " + t.file + ":" + std::to_string(t.line);
     }
     return text;
   }

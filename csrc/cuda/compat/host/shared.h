@@ -1,5 +1,5 @@
-// Shared memory: a heap block for every array of every CUDA block, filled with NaN. So AddressSanitizer guards its ends,
-// ThreadSanitizer knows no older history of it, and what is read before it is written shows in the result.
+// Shared memory: a heap block for every array of every CUDA block, filled with NaN. So AddressSanitizer guards its
+// ends, ThreadSanitizer knows no older history of it, and what is read before it is written shows in the result.
 #pragma once
 
 #include "launch.h"
@@ -88,8 +88,8 @@ NO_TSAN inline bool is_shared(const void* p, std::size_t bytes) {
 }  // namespace emulation
 
 // The tag is not const, so that no two are merged: its address tells declarations apart.
-#define SHARED(name, ...)            \
-  static char name##_declaration = 0; \
+#define SHARED(name, ...)                                     \
+  static char name##_declaration = 0;                         \
   auto& name = *static_cast<std::add_pointer_t<__VA_ARGS__>>( \
       ::tinyres::emulation::static_array(&name##_declaration, #name, sizeof(__VA_ARGS__)))
 

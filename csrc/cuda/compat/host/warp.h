@@ -17,9 +17,10 @@ struct Site {
 };
 
 [[noreturn]] NO_TSAN inline void fail_diverged(const Site& here, const Thread& other, u32 mask) {
-  fail("warp diverged: in %s at %s:%d with mask 0x%08x, while thread (%u, %u, %u) waits in %s at %s:%d with mask 0x%08x",
-       here.operation, here.file, here.line, mask, other.index.x, other.index.y, other.index.z, other.operation,
-       other.file, other.line, other.mask);
+  fail(
+      "warp diverged: in %s at %s:%d with mask 0x%08x, while thread (%u, %u, %u) waits in %s at %s:%d with mask 0x%08x",
+      here.operation, here.file, here.line, mask, other.index.x, other.index.y, other.index.z, other.operation,
+      other.file, other.line, other.mask);
 }
 
 NO_TSAN inline bool agrees(const Site& here, const Thread& other, u32 mask) {
@@ -41,7 +42,8 @@ NO_TSAN inline void meet(u32 mask, Site here, Combine combine, bool orders) {
   const int w = e.number(&self) / 32, lane = e.number(&self) % 32;
   Thread* lanes = e.all + w * 32;
   Warp& warp = e.warp[w];
-  if (!(mask >> lane & 1)) fail("%s at %s:%d by lane %d, not in mask 0x%08x", here.operation, here.file, here.line, lane, mask);
+  if (!(mask >> lane & 1))
+    fail("%s at %s:%d by lane %d, not in mask 0x%08x", here.operation, here.file, here.line, lane, mask);
   if (mask & ~warp.exists)
     fail("%s at %s:%d with mask 0x%08x, but the block's last warp has lanes 0x%08x only", here.operation, here.file,
          here.line, mask, warp.exists);
