@@ -66,7 +66,7 @@ BUGS = {
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
-    common = ["-x", "c++", "-std=c++17", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Icsrc/cuda/compat"]
+    common = ["-x", "c++", "-std=c++17", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Icsrc"]
 
     def compile_program(job):
         (program, source), (build, flags) = job

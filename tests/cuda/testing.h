@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "cuda.h"
+#include "cuda/compat/cuda.h"
 
 inline int failures = 0;
 

@@ -82,7 +82,11 @@ inline void map_stack(Fiber& fiber) {
 
 inline void unmap_stack(Fiber& fiber) {
   const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
-  if (fiber.stack) munmap(fiber.stack - page, STACK_BYTES + page);
+  if (!fiber.stack) return;
+#ifdef TINYRES_ASAN
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, fiber.bytes);  // whoever gets these addresses next should not inherit it
+#endif
+  munmap(fiber.stack - page, STACK_BYTES + page);
   fiber.stack = nullptr;
 }
 
