@@ -121,7 +121,8 @@ void test_shuffles() {
 }
 
 // Both halves of a warp hold a collective at once, each with its own mask.
-__global__ void votes(unsigned* y, int* sums) {
+__global__ void votes(unsigned* y, int* sums, int* mirrored) {
+  SHARED(s, int[96]);
   const int t = int(threadIdx.x), n = int(blockDim.x);
   y[t] = __ballot_sync(~0u, t % 3 == 0);
   y[n + t] = unsigned(__any_sync(~0u, t == 40) * 2 + __all_sync(~0u, t < 64));
@@ -132,14 +133,17 @@ __global__ void votes(unsigned* y, int* sums) {
     y[2 * n + t] = __ballot_sync(0xffff0000u, t % 2 == 0);
     sums[t] = __shfl_xor_sync(0xffff0000u, t, 4);
   }
+  s[t] = sums[t];
+  if (t % 32 < 16) __syncwarp(0x0000ffffu);
   __syncwarp();
+  mirrored[t] = s[t ^ 31];
 }
 
 void test_votes() {
   const int n = 96;
   Array<unsigned> y(3 * n);
-  Array<int> sums(n);
-  go(votes, dim3(1), dim3(n), 0, y.data(), sums.data());
+  Array<int> sums(n), mirrored(n);
+  go(votes, dim3(1), dim3(n), 0, y.data(), sums.data(), mirrored.data());
   for (int t = 0; t < n; t++) {
     unsigned thirds = 0, halves = 0;
     for (int lane = 0; lane < 32; lane++) {
@@ -151,6 +155,7 @@ void test_votes() {
     CHECK(y[n + t] == unsigned(t / 32 == 1 ? 3 : t / 32 == 0 ? 1 : 0));
     CHECK(y[2 * n + t] == halves);
     CHECK(sums[t] == (t % 32 < 16 ? t ^ 8 : t ^ 4));
+    CHECK(mirrored[t] == sums[t ^ 31]);
   }
 }
 

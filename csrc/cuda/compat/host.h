@@ -5,7 +5,7 @@
 //   TINYRES_SCHEDULE=forward | reverse | random:SEED    which thread goes first wherever CUDA leaves it open
 //   -DTINYRES_UCONTEXT                                  portable fibre switches instead of x86-64 ones
 //
-// The parts, each standing on those before it:
+// The parts, each of which includes those that it stands on:
 #pragma once
 
 #include "host/async_copy.h"  // cp.async

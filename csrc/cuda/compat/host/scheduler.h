@@ -35,8 +35,7 @@ struct Thread {
 };
 
 struct Warp {
-  u32 exists, waiting;    // lanes: part of the block; in a collective
-  unsigned meetings[32];  // collectives completed, by the lowest lane of their mask
+  u32 exists, waiting;  // lanes: part of the block; in a collective
 };
 
 // One block's shared array: static ones are known by the address of their declaration, dynamic ones by their number.
@@ -47,11 +46,10 @@ struct SharedArray {
   std::size_t bytes, item;
 };
 
-// What ThreadSanitizer hangs CUDA's order on. New for each block, or old barriers would order new blocks; two tokens a
-// barrier, or a thread that comes to the next one would be ordered before those that are late to leave this one.
+// What ThreadSanitizer hangs CUDA's order on. New for each block, or old barriers would order new blocks.
 struct Tokens {
-  u64 barrier[2], done;
-  u64 warp[MAX_WARPS][32][2];
+  u64 barrier, done;
+  u64 warp[MAX_WARPS][32];  // by the lowest lane of the mask, to which all earlier uses are known
   u64 array[2 * MAX_ARRAYS];
 };
 
@@ -94,7 +92,6 @@ struct Engine {
   unsigned char warp_at[MAX_WARPS], warp_position[MAX_WARPS], lane_at[32], lane_position[32];
   int returned = 0;
   int at_barrier = 0;  // threads that wait there; the last to come was barrier_thread
-  unsigned barriers = 0;
   Thread* barrier_thread = nullptr;
   SharedArray statics[MAX_ARRAYS], dynamics[MAX_ARRAYS];
   int static_count = 0, dynamic_count = 0;
@@ -166,6 +163,17 @@ struct Engine {
     threadIdx = t->index;
   }
 
+#ifdef TINYRES_TSAN
+  // In the name of each of these threads, which all wait. A meeting is put in order at once by the last to come: were
+  // each to acquire only as it leaves, it would learn of what others did after it.
+  NO_TSAN void for_threads(int of_warp, u32 lanes, void (*step)(void*), void* token) {
+    for (; lanes; lanes &= lanes - 1) {
+      tsan_enter(all[of_warp * 32 + __builtin_ctz(lanes)].fiber->tsan);
+      step(token);
+    }
+  }
+#endif
+
   // Lets the best thread run, which may be the current one; returns when that is chosen again.
   NO_TSAN void yield() {
     Thread* self = current;
@@ -216,7 +224,6 @@ struct Engine {
       warp[w].waiting = 0;
       startable[p] = ready[p] = 0;
       for (int lane = 0; lane < lanes; lane++) startable[p] |= 1u << lane_position[lane];
-      for (unsigned& meetings : warp[w].meetings) meetings = 0;
       ready[p] = startable[p];
     }
     warps_ready = warps == 32 ? ~0u : (1u << warps) - 1;
@@ -229,7 +236,6 @@ struct Engine {
       t.groups = 0;
     }
     returned = at_barrier = 0;
-    barriers = 0;
     static_count = dynamic_count = 0;
     static_bytes = taken_bytes = 0;
     failed = false;
@@ -386,21 +392,18 @@ NO_TSAN inline void sync_threads(const char* file, int line) {
   self.file = file;
   self.line = line;
   e.barrier_thread = &self;
-#ifdef TINYRES_TSAN
-  void* token = &e.tokens->barrier[e.barriers % 2];
-  tsan_release(token);
-#endif
   if (++e.at_barrier == e.threads) {
     e.at_barrier = 0;
-    e.barriers++;
+#ifdef TINYRES_TSAN
+    for (int w = 0; w < e.warps; w++) e.for_threads(w, e.warp[w].exists, tsan_release, &e.tokens->barrier);
+    for (int w = 0; w < e.warps; w++) e.for_threads(w, e.warp[w].exists, tsan_acquire, &e.tokens->barrier);
+    tsan_enter(self.fiber->tsan);
+#endif
     for (int w = 0; w < e.warps; w++) e.set_ready(w, e.warp[w].exists);
   } else {
     e.clear_ready(&self);
   }
   e.yield();
-#ifdef TINYRES_TSAN
-  tsan_acquire(token);
-#endif
 }
 
 }  // namespace tinyres::emulation

@@ -57,26 +57,23 @@ NO_TSAN inline void meet(u32 mask, Site here, Combine combine, bool orders) {
     const Thread& other = lanes[__builtin_ctz(others)];
     if (!agrees(here, other, mask) && other.mask >> lane & 1) fail_diverged(here, other, mask);
   }
-#ifdef TINYRES_TSAN
-  const int lowest = __builtin_ctz(mask);
-  void* token = &e.tokens->warp[w][lowest][warp.meetings[lowest] % 2];
-  if (orders) tsan_release(token);
-#else
-  (void)orders;
-#endif
   warp.waiting |= 1u << lane;
   if ((warp.waiting & mask) == mask && all_agree(here, lanes, mask)) {
     if (combine) combine(lanes, mask);
     warp.waiting &= ~mask;
-    warp.meetings[__builtin_ctz(mask)]++;
+#ifdef TINYRES_TSAN
+    void* token = &e.tokens->warp[w][__builtin_ctz(mask)];
+    if (orders) e.for_threads(w, mask, tsan_release, token);
+    if (orders) e.for_threads(w, mask, tsan_acquire, token);
+    tsan_enter(self.fiber->tsan);
+#else
+    (void)orders;
+#endif
     e.set_ready(w, mask);
   } else {
     e.clear_ready(&self);
   }
   e.yield();
-#ifdef TINYRES_TSAN
-  if (orders) tsan_acquire(token);
-#endif
 }
 
 // A value of at most 48 bytes goes in, one of at most 16 comes out.
