@@ -1,6 +1,6 @@
 """The emulation of CUDA (csrc/cuda/compat): what it computes, and that it still notices every kind of mistake that it
-is there to find. Each C++ program is built plain, for AddressSanitizer with UndefinedBehaviorSanitizer, and for
-ThreadSanitizer."""
+is there to find. Each C++ program is built plain; where TINYRES_SANITIZE is set (`make sanitize`) also for
+AddressSanitizer with UndefinedBehaviorSanitizer, and for ThreadSanitizer."""
 
 import os
 import platform
@@ -21,9 +21,11 @@ PROGRAMS = {
 BUILDS = {
     "plain": ["-O2"],
     "ucontext": ["-O2", "-DTINYRES_UCONTEXT"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
+SANITIZE = "TINYRES_SANITIZE" in os.environ
+if SANITIZE:
+    BUILDS["address"] = ["-O1", "-g", "-fsanitize=address,undefined"]
+    BUILDS["thread"] = ["-O1", "-g", "-fsanitize=thread"]
 SCHEDULES = ["forward", "reverse", "random:1", "random:2", "random:3"]
 SEEDS = [f"random:{seed}" for seed in range(20)]
 
@@ -141,27 +143,27 @@ def test_bugs_in_a_plain_run(run, build):
     assert outcomes(done.stdout) == expected
 
 
-@pytest.mark.parametrize("bug", BUGS)
-def test_bug_under_address_and_undefined(run, bug):
-    report = run("planted_bugs", "address", "bug", bug, "forward").stderr
-    address = re.search(r"ERROR: AddressSanitizer: (\S+)", report)
-    assert (address and address[1]) == BUGS[bug].address, report
-    undefined = re.findall(r"runtime error: (.*)", report)
-    if BUGS[bug].undefined is None:
-        assert not undefined, report
-    else:
-        assert any(BUGS[bug].undefined in line for line in undefined), report
+if SANITIZE:
 
+    @pytest.mark.parametrize("bug", BUGS)
+    def test_bug_under_address_and_undefined(run, bug):
+        report = run("planted_bugs", "address", "bug", bug, "forward").stderr
+        address = re.search(r"ERROR: AddressSanitizer: (\S+)", report)
+        assert (address and address[1]) == BUGS[bug].address, report
+        undefined = re.findall(r"runtime error: (.*)", report)
+        if BUGS[bug].undefined is None:
+            assert not undefined, report
+        else:
+            assert any(BUGS[bug].undefined in line for line in undefined), report
 
-@pytest.mark.parametrize("bug", [bug for bug in BUGS if BUGS[bug].thread is not None])
-def test_bug_under_thread(run, bug):
-    report = run("planted_bugs", "thread", "bug", bug, "forward").stderr
-    assert ("ThreadSanitizer: data race" in report) == BUGS[bug].thread, report
+    @pytest.mark.parametrize("bug", [bug for bug in BUGS if BUGS[bug].thread is not None])
+    def test_bug_under_thread(run, bug):
+        report = run("planted_bugs", "thread", "bug", bug, "forward").stderr
+        assert ("ThreadSanitizer: data race" in report) == BUGS[bug].thread, report
 
-
-def test_reports_name_the_line_of_the_kernel(run):
-    """Also where the access is the emulation's own: an asynchronous copy belongs to the kernel that asked for it."""
-    for build, bug in (("address", "copy_wait"), ("thread", "copy_barrier_before_refill"), ("thread", "syncwarp")):
-        report = run("planted_bugs", build, "bug", bug, "forward").stderr
-        kernel = "swap_neighbours" if bug == "syncwarp" else "pipeline"
-        assert re.search(rf"{kernel}.* \S*planted_bugs\.cu:\d+", report), report
+    def test_reports_name_the_line_of_the_kernel(run):
+        """Also where the access is the emulation's own: a copy belongs to the kernel that asked for it."""
+        for build, bug in (("address", "copy_wait"), ("thread", "copy_barrier_before_refill"), ("thread", "syncwarp")):
+            report = run("planted_bugs", build, "bug", bug, "forward").stderr
+            kernel = "swap_neighbours" if bug == "syncwarp" else "pipeline"
+            assert re.search(rf"{kernel}.* \S*planted_bugs\.cu:\d+", report), report
