@@ -83,3 +83,22 @@ GOLDEN = [
 @pytest.mark.parametrize("device", DEVICES)
 def test_golden_losses(device):
     assert golden_losses(device) == pytest.approx(GOLDEN, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+def test_training_gives_the_same_bits_for_any_number_of_threads(dtype):
+    results = set()
+    for threads in (1, 2, 3, 4):
+        tinyres.manual_seed(1)
+        model = tinyres.fuse(models.cifar_resnet(20)).to(dtype=dtype)
+        optimizer = tinyres.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
+        rng = np.random.default_rng(2)
+        with tinyres.options(threads=threads):
+            for _ in range(2):
+                x, labels = rng.standard_normal((9, 32, 32, 3)).astype(dtype), rng.integers(0, 10, 9)
+                loss = ops.cross_entropy(model(tinyres.tensor(x)), labels, label_smoothing=0.1)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        results.add(b"".join(array.tobytes() for array in model.state_dict().values()))
+    assert len(results) == 1
