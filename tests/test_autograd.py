@@ -304,6 +304,7 @@ def test_tensor_of_lists_numbers_and_arrays():
     assert tinyres.tensor([1, 2]).dtype.kind == "i"
     assert tinyres.tensor(np.ones(2, ">f8")).dtype.isnative
     assert tinyres.tensor(3.5, dtype=np.float64).item() == 3.5
+    assert np.isinf(tinyres.tensor([1e300]).item())
     assert tinyres.tensor([1, 2], requires_grad=True, dtype="float32").requires_grad
 
 

@@ -259,7 +259,8 @@ def tensor(
         dtype=kept,
     )
     expect(array.ndim <= 16, op, "at most 16 axes", shape=array.shape)
-    return Tensor(device.asarray(array, kept), bool(requires_grad), device)
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes an infinity, as in any float32 arithmetic
+        return Tensor(device.asarray(array, kept), bool(requires_grad), device)
 
 
 class Function:

@@ -105,7 +105,8 @@ def _validate(fn, inputs, real, whole):
         expect(leaf, op, "inputs must be leaves that require gradients", ArgumentError, input=i)
     expect(len({id(x) for x in inputs}) == len(inputs), op, "inputs must be different Tensors", ArgumentError)
     for name, value in real.items():
-        valid = isinstance(value, (int, float)) and 0 <= value < math.inf and (value > 0 or name != "eps")
+        valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        valid = valid and (value > 0 or name != "eps")
         expect(valid, op, f"{name} must be a positive number", ArgumentError, **{name: repr(value)})
     for name, value in whole.items():
         least = 1 if name == "projections" else 0
