@@ -347,6 +347,21 @@ void fill(const Array& y, double value) {
   });
 }
 
+// Reductions -------------------------------------------------------------------------------------------------------
+
+void sum(const Array& y, const Array& x) {
+  const Call call("sum");
+  call.rank("x", x, 3);
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, {x.shape(0), x.shape(2)});
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    if (y.size() == 0) return;
+    const NoGil released;
+    kernels<T>().sum(yp, xp, x.shape(0), x.shape(1), x.shape(2));
+  });
+}
+
 // Matrix multiplication ---------------------------------------------------------------------------------------------
 
 void matmul(const Array& y, const Array& a, const Array& b) {
@@ -777,6 +792,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("dropout", &dropout);
   module.def("copy", &copy);
   module.def("fill", &fill);
+  module.def("sum", &sum);
   module.def("matmul", &matmul);
   module.def("conv2d_forward", &conv2d_forward);
   module.def("conv2d_backward_input", &conv2d_backward_input);

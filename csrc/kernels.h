@@ -62,6 +62,9 @@ struct Kernels {
   void (*copy)(T* y, const T* a, const Strided& s);                   // y[s.y] = a[s.a]
   void (*fill)(T* y, T value, i64 n);
 
+  // reduce.cpp -----------------------------------------------------------------------------------------------
+  void (*sum)(T* y, const T* x, i64 outer, i64 n, i64 inner);  // y (outer, inner) of x (outer, n, inner), in double
+
   // matmul.cpp -----------------------------------------------------------------------------------------------
   // y (batch, M, N) dense = a (batch, M, K) times b (batch, K, N); a stride of 0 repeats a matrix over the batch.
   void (*matmul)(T* y, const T* a, const T* b, i64 batch, i64 M, i64 N, i64 K, i64 a_batch, MatrixView a_view,

@@ -6,6 +6,8 @@ namespace tinyres::TINYRES_TARGET {
 template <class T>
 void elementwise_kernels(Kernels<T>& table);
 template <class T>
+void reduce_kernels(Kernels<T>& table);
+template <class T>
 void matmul_kernels(Kernels<T>& table);
 template <class T>
 void conv2d_kernels(Kernels<T>& table);
@@ -25,6 +27,7 @@ namespace {
 template <class T>
 void fill_table(Kernels<T>& table) {
   elementwise_kernels(table);
+  reduce_kernels(table);
   matmul_kernels(table);
   conv2d_kernels(table);
   batch_norm_kernels(table);

@@ -1,7 +1,7 @@
 """Device `cpu`: the kernel table over the C++ extension.
 
 An adapter function makes its inputs dense (the one place where that happens), takes the output from the allocator
-and calls the launcher of the same name. Reductions are NumPy's. Contracts are in spec.py.
+and calls the launcher of the same name. Maxima over axes are NumPy's. Contracts are in spec.py.
 """
 
 import math
@@ -138,10 +138,16 @@ def scatter(dy, shape, index):
 
 
 def sum(x, axes, keepdims):
-    shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape) if keepdims or i not in axes)
-    y = empty(shape, x.dtype)
-    np.sum(x, axes, np.float64, out=y, keepdims=keepdims)
-    return y
+    shape = x.shape
+    first, end = (axes[0], axes[-1] + 1) if axes else (0, 0)
+    kept = [n for i, n in enumerate(x.shape) if i not in axes]
+    if end - first != len(axes):  # not neighbours: bring them to the front
+        x, first, end = x.transpose(*axes, *(i for i in range(x.ndim) if i not in axes)), 0, len(axes)
+    inner = math.prod(x.shape[end:])
+    rows = contiguous(x).reshape(math.prod(x.shape[:first]), math.prod(x.shape[first:end]), inner)
+    y = empty(tuple(kept), x.dtype)
+    _cpu.sum(y.reshape(len(rows), inner), rows)
+    return y.reshape([1 if i in axes else n for i, n in enumerate(shape)]) if keepdims else y
 
 
 def sum_to(x, shape):
