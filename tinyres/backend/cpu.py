@@ -9,8 +9,9 @@ import math
 import numpy as np
 
 from tinyres import _cpu
+from tinyres.backend import reference
 from tinyres.backend.memory import empty
-from tinyres.backend.reference import max, max_backward, output_size  # noqa: F401  # NumPy's maximum serves here too
+from tinyres.backend.reference import output_size
 from tinyres.options import get as options
 
 _broadcast_to = np.broadcast_to
@@ -148,6 +149,9 @@ def sum(x, axes, keepdims):
     y = empty(tuple(kept), x.dtype)
     _cpu.sum(y.reshape(len(rows), inner), rows)
     return y.reshape([1 if i in axes else n for i, n in enumerate(shape)]) if keepdims else y
+
+
+max, max_backward = reference.max, reference.max_backward  # off the path of a network's training: NumPy's will do
 
 
 def sum_to(x, shape):
