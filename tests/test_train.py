@@ -195,6 +195,18 @@ def test_deep_nets_warm_up(run, tmp_path):
     assert [line["lr"] for line in metrics(tmp_path / "run")] == [0.01]
 
 
+def test_the_warm_up_ends_with_the_training_error(run, tmp_path):
+    """All images are of one class, so that the error soon falls: the rate goes from 0.01 to 0.1, once."""
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        (folder / f"{name}.bin").write_bytes(bytes([3] + [100] * 3072) * 4)
+    run(tmp_path / "run", "--data-dir", str(folder), "--recipe", "paper", "--depth", "110", "--batch-size", "4",
+        "--iterations", "60")  # fmt: skip
+    rates = [line["lr"] for line in metrics(tmp_path / "run")]
+    assert rates == sorted(rates) and set(rates) == {0.01, 0.1}
+
+
 def test_a_diverging_run_names_step_and_layer(run, tmp_path):
     printed = run(tmp_path / "run", "--recipe", "paper", "--iterations", "9", "--lr", "1e30", status=1)
     message = r"error: \[train\] the loss must be finite; got \S+ at step \d+: .* is \S+ \(\w+\)"
