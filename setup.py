@@ -20,9 +20,9 @@ def find_program(name):
 
 
 class CMakeBuild(build_ext):
-    """One CMake configuration for the one extension; `CMAKE_ARGS` and `CMAKE_BUILD_PARALLEL_LEVEL` are honoured."""
+    """One CMake run for all extensions; `CMAKE_ARGS` and `CMAKE_BUILD_PARALLEL_LEVEL` are honoured."""
 
-    def build_extension(self, ext):
+    def build_extensions(self):
         cmake, ninja = find_program("cmake"), find_program("ninja")
         if cmake is None:
             raise SystemExit("tinyres needs CMake >= 3.18 to build: pip install cmake")
@@ -30,19 +30,25 @@ class CMakeBuild(build_ext):
 
         # A folder of its own, kept between builds: pip's temporary one would compile everything each time.
         build = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        output = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent
         configure = [
             *(cmake, "-S", ROOT, "-B", build),
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-DTINYRES_CUDA={os.environ.get('TINYRES_CUDA', 'AUTO')}",
         ]
         if ninja:
             configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
         subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", build, "--target", "_cpu", "--parallel", jobs], check=True)
+        subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
 
 
-setup(ext_modules=[Extension("tinyres._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
+EXTENSIONS = [
+    Extension("tinyres._cpu", sources=[]),
+    Extension("tinyres._emulated", sources=[]),
+    Extension("tinyres._cuda", sources=[], optional=True),  # where nvcc is found
+]
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": CMakeBuild})

@@ -15,7 +15,4 @@ void choose_isa();
 const std::string& isa();
 std::vector<std::string> isas();  // those that this machine can run, narrowest first
 
-template <class T>
-const Kernels<T>& kernels();
-
 }  // namespace tinyres

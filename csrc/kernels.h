@@ -1,5 +1,6 @@
-// Every kernel of the engine, declared once. A device (an instruction set of the CPU now, the GPU later) fills
-// one table of function pointers per element type; the bindings call through it and know nothing else.
+// Every kernel of the engine, declared once. A device (an instruction set of the CPU, or CUDA) fills one table of
+// function pointers per element type; the bindings call through it and know nothing else. On a GPU all pointers to
+// elements are the GPU's, and a call returns when its work is in the queue of the current stream.
 //
 // Conventions, here and in every kernel file:
 //   - arrays are dense and row-major; activations NHWC, convolution weights RSCK, matrices (rows, columns);
@@ -11,6 +12,8 @@
 #pragma once
 
 #include <cstdint>
+
+#include "bf16.h"
 
 namespace tinyres {
 
@@ -45,7 +48,19 @@ struct RandomKey {
 
 enum class Binary { add, sub, mul, div, pow, maximum };
 enum class Unary { neg, exp, log, sqrt, sigmoid, tanh, relu };  // backward from dy and y (see unary_backward)
-enum class ConvAlgorithm { automatic, naive, direct };
+enum class ConvAlgorithm { automatic, naive, direct, tiled };   // direct is the CPU's, tiled CUDA's
+
+// What sums run in, and what is kept of statistics, parameters and weight gradients, where elements are T.
+template <class T>
+struct WideOf {
+  using Type = T;
+};
+template <>
+struct WideOf<bf16> {
+  using Type = float;
+};
+template <class T>
+using Wide = typename WideOf<T>::Type;
 
 template <class T>
 struct Kernels {
@@ -60,10 +75,13 @@ struct Kernels {
   void (*pow_backward)(T* da, T* db, const T* dy, const T* a, const T* b, const T* y, i64 n);
   void (*dropout)(T* y, const T* x, i64 n, double p, RandomKey key);  // y = x / (1 - p) or 0; backward: same on dy
   void (*copy)(T* y, const T* a, const Strided& s);                   // y[s.y] = a[s.a]
-  void (*fill)(T* y, T value, i64 n);
+  void (*fill)(T* y, double value, i64 n);
 
   // reduce.cpp -----------------------------------------------------------------------------------------------
   void (*sum)(T* y, const T* x, i64 outer, i64 n, i64 inner);  // y (outer, inner) of x (outer, n, inner), in double
+  void (*max)(T* y, const T* x, i64 outer, i64 n, i64 inner);  // the largest; NaN where one is NaN
+  // dx (outer, n, inner) = dy / ties where x == y, else 0, with dy and y (outer, inner); NaN where y is NaN.
+  void (*max_backward)(T* dx, const T* dy, const T* x, const T* y, i64 outer, i64 n, i64 inner);
 
   // matmul.cpp -----------------------------------------------------------------------------------------------
   // y (batch, M, N) dense = a (batch, M, K) times b (batch, K, N); a stride of 0 repeats a matrix over the batch.
@@ -73,20 +91,22 @@ struct Kernels {
   // conv2d.cpp -----------------------------------------------------------------------------------------------
   void (*conv2d_forward)(T* y, const T* x, const T* w, const Window& s, ConvAlgorithm algorithm);
   void (*conv2d_backward_input)(T* dx, const T* dy, const T* w, const Window& s, ConvAlgorithm algorithm);
-  void (*conv2d_backward_weight)(T* dw, const T* dy, const T* x, const Window& s, ConvAlgorithm algorithm);
+  void (*conv2d_backward_weight)(Wide<T>* dw, const T* dy, const T* x, const Window& s, ConvAlgorithm algorithm);
 
   // batch_norm.cpp: x is (M, C), statistics over M ----------------------------------------------------------
   // y = gamma * (x - mean) * inv_std + beta, plus residual if given, through ReLU if asked. mean and inv_std
   // (C) are written for backward; running_mean and running_var, if given, are updated with share `momentum`.
-  void (*batch_norm_forward)(T* y, T* mean, T* inv_std, T* running_mean, T* running_var, const T* x, const T* gamma,
-                             const T* beta, const T* residual, bool relu, double momentum, double eps, i64 M, i64 C);
+  void (*batch_norm_forward)(T* y, Wide<T>* mean, Wide<T>* inv_std, Wide<T>* running_mean, Wide<T>* running_var,
+                             const T* x, const Wide<T>* gamma, const Wide<T>* beta, const T* residual, bool relu,
+                             double momentum, double eps, i64 M, i64 C);
   // The gradient through y's ReLU is masked by y > 0 where y is given; dresidual, if given, gets the masked dy.
-  void (*batch_norm_backward)(T* dx, T* dresidual, T* dgamma, T* dbeta, const T* dy, const T* x, const T* y,
-                              const T* gamma, const T* mean, const T* inv_std, i64 M, i64 C);
-  void (*batch_norm_inference)(T* y, const T* x, const T* gamma, const T* beta, const T* mean, const T* var,
-                               const T* residual, bool relu, double eps, i64 M, i64 C);
-  void (*batch_norm_inference_backward)(T* dx, T* dgamma, T* dbeta, const T* dy, const T* x, const T* gamma,
-                                        const T* mean, const T* var, double eps, i64 M, i64 C);
+  void (*batch_norm_backward)(T* dx, T* dresidual, Wide<T>* dgamma, Wide<T>* dbeta, const T* dy, const T* x, const T* y,
+                              const Wide<T>* gamma, const Wide<T>* mean, const Wide<T>* inv_std, i64 M, i64 C);
+  void (*batch_norm_inference)(T* y, const T* x, const Wide<T>* gamma, const Wide<T>* beta, const Wide<T>* mean,
+                               const Wide<T>* var, const T* residual, bool relu, double eps, i64 M, i64 C);
+  void (*batch_norm_inference_backward)(T* dx, Wide<T>* dgamma, Wide<T>* dbeta, const T* dy, const T* x,
+                                        const Wide<T>* gamma, const Wide<T>* mean, const Wide<T>* var, double eps,
+                                        i64 M, i64 C);
 
   // pool.cpp -------------------------------------------------------------------------------------------------
   // argmax: position r * S + s inside the window of the first largest element; padding never wins.
@@ -98,7 +118,7 @@ struct Kernels {
   void (*global_avg_pool2d_backward)(T* dx, const T* dy, i64 N, i64 HW, i64 C);
 
   // loss.cpp: mean over N of the cross-entropy of softmax(logits) against smoothed labels, and its gradient ---
-  void (*cross_entropy)(T* loss, T* dlogits, const T* logits, const i64* labels, double smoothing, i64 N, i64 K);
+  void (*cross_entropy)(Wide<T>* loss, T* dlogits, const T* logits, const i64* labels, double smoothing, i64 N, i64 K);
 
   // sgd.cpp: one parameter of n elements per index; velocity is nullptr where momentum is 0 -------------------
   // v = momentum * v + (dw + decay * w); w -= lr * (nesterov ? dw + decay * w + momentum * v : v). w and v updated.
@@ -112,5 +132,9 @@ struct Kernels {
   void (*augment)(T* x, const std::uint8_t* images, const i64* index, const std::int32_t* top, const std::int32_t* left,
                   const std::uint8_t* flip, const float* mean, const float* scale, i64 N, i64 H, i64 W, i64 C);
 };
+
+// The table in use. The CPU's is chosen by dispatch.cpp, CUDA's is gathered in cuda/table.cu, for bf16 too.
+template <class T>
+const Kernels<T>& kernels();
 
 }  // namespace tinyres

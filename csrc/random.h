@@ -7,6 +7,12 @@
 
 #include "kernels.h"
 
+#ifdef __CUDACC__  // kernels make their own words
+#define TINYRES_ANYWHERE __host__ __device__
+#else
+#define TINYRES_ANYWHERE
+#endif
+
 namespace tinyres::philox {
 
 struct Block {
@@ -14,7 +20,7 @@ struct Block {
 };
 
 // Words 4 * number .. 4 * number + 3 of a draw: ten rounds over the counter (number, draw).
-static inline Block block(std::uint64_t number, std::uint64_t key, std::uint64_t draw) {
+TINYRES_ANYWHERE static inline Block block(std::uint64_t number, std::uint64_t key, std::uint64_t draw) {
   std::uint32_t c0 = std::uint32_t(number), c1 = std::uint32_t(number >> 32);
   std::uint32_t c2 = std::uint32_t(draw), c3 = std::uint32_t(draw >> 32);
   std::uint32_t k0 = std::uint32_t(key), k1 = std::uint32_t(key >> 32);

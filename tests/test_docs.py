@@ -59,6 +59,19 @@ def test_every_op_is_documented_and_public():
 
 
 def test_first_op_checks_itself():
-    done = subprocess.run([sys.executable, ROOT / "examples/first_op.py"], capture_output=True, text=True, timeout=120)
+    example = ROOT / "examples/first_op.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "derivatives agree" in done.stdout and "is caught" in done.stdout
+    checked = re.search(r"(\d+) derivatives on (emulated|cuda) agree with finite differences", done.stdout)
+    assert checked and int(checked[1]) >= 12, done.stdout
+    assert float(re.search(r"error (\S+) %", done.stdout)[1]) < 10, done.stdout
+    assert len(example.read_text().splitlines()) < 100
+
+
+def test_the_check_of_first_op_can_fail():
+    text = (ROOT / "examples/first_op.py").read_text()
+    wrong = text.replace("dy[i] * s * (1 + x[i] * (1 - s))", "dy[i] * s")
+    assert wrong != text
+    command = [sys.executable, "-c", wrong.replace("__file__", repr(str(ROOT / "examples/first_op.py")))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "GradcheckError" in done.stderr, done.stderr

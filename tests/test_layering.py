@@ -50,12 +50,14 @@ def test_every_module_has_a_layer():
 
 def test_kernel_tables_match_the_spec():
     """Each device exports the mandatory kernels, and its fused kernels are named in the spec."""
-    from tinyres.backend import compose, cpu, reference, spec
+    from tinyres.backend import compose, reference, spec
+    from tinyres.backend.adapter import Adapter
 
     composed = {n for n, f in vars(compose).items() if callable(f)}
     assert composed == set(spec.FUSED)
-    for module in (reference, cpu):
-        own = {n for n, f in vars(module).items() if callable(f) and not n.startswith("_")}
+    for table in (reference, Adapter):
+        own = {n for n, f in vars(table).items() if callable(f) and not n.startswith("_")}
         assert set(spec.MANDATORY) <= own
+    assert set(spec.FUSED) <= set(vars(Adapter))
     for text in spec.MANDATORY.values():
         assert text.startswith("(")

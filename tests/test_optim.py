@@ -25,16 +25,17 @@ def parameters(device, dtype=np.float64):
 def test_formula(device, dtype, momentum, decay, nesterov):
     ps = parameters(device, dtype)
     optimizer = SGD(ps, 0.1, momentum, decay, nesterov)
-    want, velocity = [p.data.astype(np.float64) for p in ps], [0.0] * len(ps)
+    want, velocity = [p.numpy().astype(np.float64) for p in ps], [0.0] * len(ps)
     for step in range(4):
         for i, p in enumerate(ps):
-            p.grad = np.random.default_rng(step * 10 + i).standard_normal(p.shape).astype(dtype)
-            g = p.grad.astype(np.float64) + decay * want[i]
+            dw = np.random.default_rng(step * 10 + i).standard_normal(p.shape).astype(dtype)
+            p.grad = p.device.asarray(dw)
+            g = dw.astype(np.float64) + decay * want[i]
             velocity[i] = momentum * velocity[i] + g
             want[i] = want[i] - 0.1 * (g + momentum * velocity[i] if nesterov else velocity[i])
         optimizer.step()
     for p, w in zip(ps, want, strict=True):
-        assert np.allclose(p.data, w, rtol=0, atol=1e-14 if dtype == np.float64 else 1e-5)
+        assert np.allclose(p.numpy(), w, rtol=0, atol=1e-14 if dtype == np.float64 else 1e-5)
 
 
 def test_thread_counts_give_equal_bits():

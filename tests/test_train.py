@@ -338,6 +338,13 @@ def test_progress_in_plain_lines():
     assert len(lines) == 5 and lines[4] == "done"
 
 
+def test_progress_without_figures():
+    stream = io.StringIO()
+    with train.Progress(2, every=0.0, stream=stream) as progress:
+        progress.update(None)
+    assert stream.getvalue().startswith("step 1/2  0:00 left")
+
+
 def test_progress_bar_in_a_terminal():
     class Terminal(io.StringIO):
         def isatty(self):

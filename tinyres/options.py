@@ -14,12 +14,13 @@ from typing import Any
 from tinyres import _cpu
 from tinyres.errors import ArgumentError, expect
 
-CONV = ("auto", "naive", "direct")
+CONV = ("auto", "naive", "direct", "tiled")
 
 
 @dataclass(frozen=True)
 class Options:
-    """conv     how convolutions are computed: naive (the readable loops), direct (blocked and vectorised) or auto
+    """conv     how convolutions are computed: naive (the readable loops), direct (blocked and vectorised; cpu), tiled
+             (a matrix product through shared memory; emulated, cuda), or auto: the fastest that the device has
     threads  CPU threads; None is OMP_NUM_THREADS where set, else every CPU that this process may use
     """
 

@@ -112,8 +112,8 @@ void dropout(T* y, const T* x, i64 n, double p, RandomKey key) {
 }
 
 template <class T>
-void fill(T* y, T value, i64 n) {
-  map(y, n, [=]() { return splat(value); });
+void fill(T* y, double value, i64 n) {
+  map(y, n, [=]() { return splat(T(value)); });
 }
 
 // ---- strided arrays -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// Sums over axes: y (outer, inner) = sum over n of x (outer, n, inner), in double whatever the element type.
+// Reductions over axes: y (outer, inner) of x (outer, n, inner). Sums run in double whatever the element type.
 //
 // A long sum of few outputs is cut into parts of rows, by the shape alone, whose sums are added up in order; a wide
 // one is cut into runs of outputs, each summed by one thread.
@@ -66,11 +66,51 @@ void sum(T* y, const T* x, i64 outer, i64 n, i64 inner) {
   });
 }
 
+template <class T>
+void max(T* y, const T* x, i64 outer, i64 n, i64 inner) {
+  const i64 runs = (inner + RUN - 1) / RUN;
+  parallel_ranges(outer * runs, items_per_part(n * (inner < RUN ? inner : RUN)), [&](i64 begin, i64 end) {
+    for (i64 task = begin; task < end; task++) {
+      const i64 o = task / runs, first = task % runs * RUN, count = first + RUN < inner ? RUN : inner - first;
+      T* const largest = y + o * inner + first;
+      const T* from = x + o * n * inner + first;
+      for (i64 i = 0; i < count; i++) largest[i] = from[i];
+      for (i64 row = 1; row < n; row++) {
+        from += inner;
+        for (i64 i = 0; i < count; i++)  // a NaN wins, and stays
+          largest[i] = from[i] > largest[i] || from[i] != from[i] ? from[i] : largest[i];
+      }
+    }
+  });
+}
+
+// The ties of an output are counted first, then its gradient is shared among them.
+template <class T>
+void max_backward(T* dx, const T* dy, const T* x, const T* y, i64 outer, i64 n, i64 inner) {
+  const i64 runs = (inner + RUN - 1) / RUN;
+  parallel_ranges(outer * runs, items_per_part(n * (inner < RUN ? inner : RUN)), [&](i64 begin, i64 end) {
+    for (i64 task = begin; task < end; task++) {
+      const i64 o = task / runs, first = task % runs * RUN, count = first + RUN < inner ? RUN : inner - first;
+      const i64 out = o * inner + first, in = o * n * inner + first;
+      T ties[RUN];
+      for (i64 i = 0; i < count; i++) ties[i] = 0;
+      for (i64 row = 0; row < n; row++)
+        for (i64 i = 0; i < count; i++) ties[i] += T(x[in + row * inner + i] == y[out + i]);
+      for (i64 row = 0; row < n; row++)
+        for (i64 i = 0; i < count; i++)
+          // A NaN ties with nothing, not itself: 0 * dy / 0 is NaN.
+          dx[in + row * inner + i] = dy[out + i] * T(x[in + row * inner + i] == y[out + i]) / ties[i];
+    }
+  });
+}
+
 }  // namespace
 
 template <class T>
 void reduce_kernels(Kernels<T>& table) {
   table.sum = sum<T>;
+  table.max = max<T>;
+  table.max_backward = max_backward<T>;
 }
 
 template void reduce_kernels<float>(Kernels<float>&);

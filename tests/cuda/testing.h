@@ -26,7 +26,7 @@ class Array {
  public:
   explicit Array(int n, T value = T()) : n_(n) {
 #ifdef __CUDACC__
-    tinyres::check("Array", cudaMallocManaged(&data_, n * sizeof(T)));
+    tinyres::check("Array", cudaMallocManaged(&data_, (n + 1) * sizeof(T)));
 #else
     data_ = static_cast<T*>(std::malloc(n * sizeof(T)));
 #endif

@@ -27,7 +27,8 @@ def _scale(*shape):
 def _statistics(x):
     """Running statistics that are the same whenever they are asked for, in x's dtype."""
     rng = np.random.default_rng(x.shape[-1])
-    return rng.standard_normal(x.shape[-1:]).astype(x.dtype), rng.uniform(0.5, 2, x.shape[-1:]).astype(x.dtype)
+    mean, var = rng.standard_normal(x.shape[-1:]), rng.uniform(0.5, 2, x.shape[-1:])
+    return x.device.asarray(mean, x.dtype), x.device.asarray(var, x.dtype)
 
 
 def _call(op, training, **settings):
@@ -81,8 +82,9 @@ def test_running_statistics(op, device):
     """running += momentum * (batch - running), with the biased mean's variance unbiased; y uses the biased one."""
     x, residual, gamma, beta = _tensors(device)
     inputs = (x, residual, gamma, beta) if op is ops.batch_norm_add_relu else (x, gamma, beta)
-    mean, var = np.full(5, 2.0), np.full(5, 3.0)
-    y = op(*inputs, mean, var, training=True, momentum=0.3, eps=0.01)
+    running = [x.device.asarray(np.full(5, value)) for value in (2.0, 3.0)]
+    y = op(*inputs, *running, training=True, momentum=0.3, eps=0.01)
+    mean, var = map(tinyres.backend.host, running)
     rows = x.numpy().reshape(-1, 5)
     np.testing.assert_allclose(mean, 0.7 * 2 + 0.3 * rows.mean(0), rtol=1e-12)
     np.testing.assert_allclose(var, 0.7 * 3 + 0.3 * rows.var(0, ddof=1), rtol=1e-12)
@@ -97,8 +99,9 @@ def test_running_statistics(op, device):
 def test_evaluation_uses_and_keeps_the_running_statistics(op, device):
     x, residual, gamma, beta = _tensors(device)
     inputs = (x, residual, gamma, beta) if op is ops.batch_norm_add_relu else (x, gamma, beta)
-    mean, var = np.linspace(-1, 1, 5), np.linspace(0.5, 2, 5)
-    y = op(*inputs, mean, var, training=False, eps=0.01)
+    running = [x.device.asarray(np.linspace(*ends, 5)) for ends in ((-1, 1), (0.5, 2))]
+    y = op(*inputs, *running, training=False, eps=0.01)
+    mean, var = map(tinyres.backend.host, running)
     assert np.array_equal(mean, np.linspace(-1, 1, 5)) and np.array_equal(var, np.linspace(0.5, 2, 5))
     want = gamma.numpy() * (x.numpy() - mean) / np.sqrt(var + 0.01) + beta.numpy()
     want = want + residual.numpy() if op is ops.batch_norm_add_relu else want
@@ -114,7 +117,7 @@ def test_one_value_a_channel_is_an_error_in_training(op, shape, device):
     inputs = (x, residual, gamma, beta) if op is ops.batch_norm_add_relu else (x, gamma, beta)
     with pytest.raises(tinyres.errors.ShapeError, match=rf"\[{op.__name__}\] .*one value per channel; got x"):
         op(*inputs)
-    assert op(*inputs, np.zeros(5), np.ones(5), training=False).shape == shape
+    assert op(*inputs, *_statistics(x), training=False).shape == shape
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -137,7 +140,8 @@ def test_fused_equals_plain(mode, dtype, device):
             running = _statistics(tensors[0])
             y = call(*tensors, *running, training=MODES[mode])
             y.backward(np.random.default_rng(1).standard_normal(y.shape))
-            results.append([y.numpy(), *(t.grad for t in tensors if t.grad is not None), *running])
+            arrays = [*(t.grad for t in tensors if t.grad is not None), *running]
+            results.append([y.numpy(), *map(tinyres.backend.host, arrays)])
         for i, (got, want) in enumerate(zip(*results, strict=True)):
             assert_close(got, want, 36, f"{name}, result {i}")
 
@@ -171,5 +175,6 @@ def test_the_gradient_by_x_sums_to_zero(device):
     x, _, gamma, beta = _tensors(device)
     y = ops.batch_norm(x, gamma, beta, eps=1e-30)
     y.backward(np.random.default_rng(3).standard_normal(y.shape))
-    np.testing.assert_allclose(x.grad.sum((0, 1, 2)), 0, atol=1e-12)
-    np.testing.assert_allclose((x.grad * x.numpy()).sum((0, 1, 2)), 0, atol=1e-12)
+    dx = tinyres.backend.host(x.grad)
+    np.testing.assert_allclose(dx.sum((0, 1, 2)), 0, atol=1e-12)
+    np.testing.assert_allclose((dx * x.numpy()).sum((0, 1, 2)), 0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Convolution: the shape grid, random geometries, both algorithms, exactness on integers."""
+"""Convolution: the shape grid, random geometries, every algorithm of every device, exactness on integers."""
 
 import numpy as np
 import pytest
@@ -7,10 +7,17 @@ from hypothesis import strategies as st
 
 import tinyres
 from cases import BREAKS, CONVS, Geometry, conv_geometries, invalid_conv_geometries
-from op_case import DEVICES, Case, assert_close, checks_of, normal
-from tinyres import ops
+from op_case import DEVICES, Case, assert_close, checks_of, matches_differences, matches_reference, normal
+from tinyres import backend, ops
+from tinyres.backend.adapter import Adapter
 
-ALGORITHMS = ("naive", "direct", "auto")
+
+def _algorithms(device):
+    kernels = backend.get(device).kernels
+    return kernels.extension.conv_algorithms if isinstance(kernels, Adapter) else ("auto",)
+
+
+ALGORITHMS = [(device, algorithm) for device in DEVICES for algorithm in _algorithms(device)]
 
 
 def _reduction(g):
@@ -34,17 +41,27 @@ CASES = [
         lambda x, w, b: ops.conv2d(x, w, b, stride=2, padding=1),
         normal(2, 5, 5, 3), normal(3, 3, 3, 4), normal(4), reduction=36,
     ),
-    Case("naive", lambda x, w: _with("naive", x, w), normal(1, 5, 4, 3), normal(3, 3, 3, 5), reduction=45),
-    Case("direct", lambda x, w: _with("direct", x, w), normal(1, 5, 4, 3), normal(3, 3, 3, 5), reduction=45),
 ]  # fmt: skip
 
 
-def _with(algorithm, x, w):
-    with tinyres.options(conv=algorithm):
-        return ops.conv2d(x, w, padding=1)
-
-
 test_cases = checks_of(CASES)
+
+
+@pytest.mark.parametrize("device, algorithm", ALGORITHMS)
+@pytest.mark.parametrize("check", (matches_reference, matches_differences), ids=lambda check: check.__name__)
+@pytest.mark.parametrize("reason", ("primes, sides differ", "3x3 stride 2, odd size", "filters over two vectors"))
+def test_each_algorithm(reason, check, device, algorithm, monkeypatch):
+    with tinyres.options(conv=algorithm):
+        check(_case(reason, CONVS[reason]), device, monkeypatch)
+
+
+@pytest.mark.parametrize("device", [device for device in DEVICES if device != "reference"])
+def test_an_algorithm_of_other_devices_is_refused(device):
+    x, w = (tinyres.tensor(np.ones(shape), device=device) for shape in ((1, 4, 4, 2), (3, 3, 2, 2)))
+    other = "tiled" if device == "cpu" else "direct"
+    message = rf"^\[conv2d\] on {device} the option conv is one of auto, naive, .*; got conv {other}"
+    with tinyres.options(conv=other), pytest.raises(tinyres.errors.ArgumentError, match=message):
+        ops.conv2d(x, w)
 
 
 def _loops(x, w, dy, g):
@@ -69,11 +86,10 @@ def _all_three(x, w, dy, g, device):
     x, w = (tinyres.tensor(a, requires_grad=True, device=device) for a in (x, w))
     y = ops.conv2d(x, w, stride=g.stride, padding=g.padding)
     y.backward(dy)
-    return y.numpy(), x.grad, w.grad
+    return y.numpy(), *(tensor.device.numpy(tensor.grad) for tensor in (x, w))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("device, algorithm", ALGORITHMS)
 @given(g=conv_geometries(), dtype=st.sampled_from((np.float32, np.float64)))
 def test_any_geometry_is_exact_on_integers(device, algorithm, g, dtype):
     """Sums of small integers have no rounding: every algorithm must give the definition's bits."""
@@ -116,8 +132,7 @@ def test_each_way_to_break_a_geometry_raises(device, how):
         ops.conv2d(x, w, None, stride, padding)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("device, algorithm", ALGORITHMS)
 @pytest.mark.parametrize(
     "shape", ((2, 32, 32, 16, 16, 1), (2, 32, 32, 16, 32, 2), (3, 8, 8, 64, 64, 1), (5, 32, 32, 3, 16, 1))
 )
@@ -140,5 +155,6 @@ def test_unread_pixels_get_no_gradient(device):
     x, w = tinyres.tensor(np.ones(g.x), requires_grad=True, device=device), tinyres.tensor(np.ones(g.w), device=device)
     y = ops.conv2d(x, w, stride=g.stride, padding=g.padding)
     y.backward(np.ones(y.shape))
-    assert (x.grad[:, 2::3] == 0).all() and (x.grad[:, :, 2::3] == 0).all()
-    assert (x.grad[:, [0, 1, 3, 4, 6, 7]][:, :, [0, 1, 3, 4, 6, 7]] == g.K).all()
+    dx = x.device.numpy(x.grad)
+    assert (dx[:, 2::3] == 0).all() and (dx[:, :, 2::3] == 0).all()
+    assert (dx[:, [0, 1, 3, 4, 6, 7]][:, :, [0, 1, 3, 4, 6, 7]] == g.K).all()

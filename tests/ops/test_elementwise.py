@@ -111,10 +111,11 @@ def test_operators_take_numbers_and_arrays(device, rng):
     values = rng.uniform(1, 2, (3, 4)).astype(np.float32)
     other = rng.uniform(1, 2, 4).astype(np.float32)
     x = tinyres.tensor(values, device=device)
+    array = x.device.asarray(other)
     pairs = [
         (x + 1, values + 1), (1 + x, values + 1), (x - 2.5, values - 2.5), (2.5 - x, 2.5 - values), (x * 3, values * 3),
         (3 * x, values * 3), (x / 2, values / 2), (2 / x, 2 / values), (x**2, values**2), (-x, -values),
-        (x @ x.transpose(), values @ values.T), (x + other, values + other), (other * x, other * values),
+        (x @ x.transpose(), values @ values.T), (x + array, values + other), (array * x, other * values),
     ]  # fmt: skip
     for i, (got, want) in enumerate(pairs):
         assert got.dtype == np.float32, f"operator {i} changed the dtype"

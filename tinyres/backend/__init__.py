@@ -1,18 +1,20 @@
 """Devices. A Device is a name, an array module and a kernel table (spec.py); nothing else knows how one works.
 
-`reference` is plain NumPy, the oracle of the tests; `cpu` is the C++ extension.
+`reference` is plain NumPy, the oracle of the tests; `cpu` the C++ kernels; `cuda` the CUDA kernels on a GPU, over
+CuPy arrays; `emulated` the same CUDA kernels compiled for the CPU.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from tinyres.backend import compose, spec
-from tinyres.errors import ArgumentError, DeviceError, expect
+from tinyres import _cpu
+from tinyres.backend import compose, cuda, memory, reference, spec
+from tinyres.backend.adapter import Adapter
+from tinyres.errors import ArgumentError, expect
 
 Array = np.ndarray  # or its CuPy twin, on a GPU
 
@@ -36,9 +38,9 @@ class _Kernels:
 class Device:
     """One place where arrays live and kernels run. There is one Device object per name: compare with `is`.
 
-    name     "reference" or "cpu"
+    name     "reference", "cpu", "emulated" or "cuda"
     kernels  the kernel table, as attributes
-    xp       the array module, NumPy
+    xp       the array module: NumPy, or CuPy for cuda
     """
 
     name: str
@@ -49,9 +51,15 @@ class Device:
         self.name, self.kernels, self.xp = name, kernels, xp
 
     def asarray(self, data: ArrayLike, dtype: DTypeLike | None = None) -> Array:
-        """`data` as an array of this device, without a copy where possible."""
-        array = self.xp.asarray(data, dtype=dtype)
-        return array if array.flags.aligned else array.copy()  # kernels load whole elements
+        """`data`, an array of any device included, as an array of this one, without a copy where possible."""
+        array = self.xp.asarray(data if self.owns(data) else host(data), dtype=dtype)
+        if self.xp is np and not array.flags.aligned:
+            return array.copy()  # kernels load whole elements
+        return array
+
+    def numpy(self, array: Array) -> np.ndarray:
+        """`array`, of this device, in the host's memory: itself where it lies there, else a copy, waited for."""
+        return array if isinstance(array, np.ndarray) else array.get()
 
     def owns(self, array: object) -> TypeGuard[Array]:
         """Whether `array` is an array of this device's kind."""
@@ -73,17 +81,28 @@ def get(name: str | Device | None = None) -> Device:
         return name
     if name is None:
         name = _default
-    known = isinstance(name, str) and name in NAMES
-    if not known or name not in _devices:
+    if not isinstance(name, str) or name not in _devices:
+        known = isinstance(name, str) and name in NAMES
         expect(known, "backend", f"the device must be one of {', '.join(NAMES)}", ArgumentError, device=name)
-        expect(
-            name in ("reference", "cpu"),
-            "backend",
-            f"{name} needs the CUDA kernels, which this version does not have",
-            DeviceError,
-        )
-        _devices[name] = Device(name, _Kernels(importlib.import_module(f"tinyres.backend.{name}")), np)
+        kernels = _KERNELS[name]()
+        _devices[name] = Device(name, kernels, getattr(kernels, "xp", np))
     return _devices[name]
+
+
+_KERNELS = {
+    "reference": lambda: _Kernels(reference),
+    "cpu": lambda: Adapter("cpu", np, _cpu, memory.empty),
+    "emulated": cuda.emulated,
+    "cuda": cuda.cuda,
+}
+
+
+def host(data: Any) -> Any:
+    """`data` itself, or a copy of it in the host's memory, waited for, if it is an array of a GPU."""
+    for device in _devices.values():
+        if device.xp is not np and device.owns(data):
+            return device.numpy(data)
+    return data
 
 
 def use(name: str | Device) -> None:

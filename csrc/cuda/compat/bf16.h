@@ -1,13 +1,11 @@
-// bfloat16 as storage: the upper half of a float, without arithmetic of its own.
+// Conversions of bfloat16.
 #pragma once
 
 #include <cstring>
 
-namespace tinyres {
+#include "../../bf16.h"
 
-struct bf16 {
-  std::uint16_t bits;
-};
+namespace tinyres {
 
 __host__ __device__ inline float to_float(float x) { return x; }
 

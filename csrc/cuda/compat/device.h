@@ -22,6 +22,11 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, st
   check(op, cudaGetLastError());
 }
 
+// dst on the device, src on the host, which may be overwritten as soon as this returns.
+inline void copy_to_device(const char* op, void* dst, const void* src, std::size_t bytes, cudaStream_t stream) {
+  check(op, cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, stream));
+}
+
 // ---- shared memory ------------------------------------------------------------------------------------------------
 
 template <class T>

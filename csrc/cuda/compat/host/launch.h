@@ -107,4 +107,8 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, st
       [](void* call) { std::apply(static_cast<Call*>(call)->kernel, static_cast<Call*>(call)->args); }, &call);
 }
 
+inline void copy_to_device(const char*, void* dst, const void* src, std::size_t bytes, cudaStream_t) {
+  std::memcpy(dst, src, bytes);
+}
+
 }  // namespace tinyres

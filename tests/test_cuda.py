@@ -1,6 +1,8 @@
-"""The emulation of CUDA (csrc/cuda/compat): what it computes, and that it still notices every kind of mistake that it
-is there to find. Each C++ program is built plain; where TINYRES_SANITIZE is set (`make sanitize`) also for
-AddressSanitizer with UndefinedBehaviorSanitizer, and for ThreadSanitizer."""
+"""The CUDA sources without a GPU: that the emulation (csrc/cuda/compat) computes what CUDA promises and still notices
+every kind of mistake that it is there to find, and that every kernel is right in every order of its threads.
+
+Each C++ program is built plain; where TINYRES_SANITIZE is set (`make sanitize`) also for AddressSanitizer with
+UndefinedBehaviorSanitizer, and for ThreadSanitizer."""
 
 import os
 import platform
@@ -13,14 +15,17 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = {
+EMULATION = {
     "compat_test": "tests/cuda/compat_test.cu",
     "emulation_test": "tests/cuda/emulation_test.cpp",
     "planted_bugs": "tests/cuda/planted_bugs.cu",
 }
+KERNELS = {source.stem: f"tests/cuda/{source.stem}_test.cu" for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))}
+del KERNELS["table"]  # no kernels of its own
+PROGRAMS = {**EMULATION, **KERNELS}
 BUILDS = {
     "plain": ["-O2"],
-    "ucontext": ["-O2", "-DTINYRES_UCONTEXT"],
+    "ucontext": ["-O2", "-DTINYRES_UCONTEXT"],  # for the emulation only
 }
 SANITIZE = "TINYRES_SANITIZE" in os.environ
 if SANITIZE:
@@ -68,7 +73,8 @@ BUGS = {
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")
-    common = ["-x", "c++", "-std=c++17", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Icsrc"]
+    common = ["-x", "c++", "-std=c++17", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    common += ["-Icsrc", "-Itests/cuda"]
 
     def compile_program(job):
         (program, source), (build, flags) = job
@@ -78,7 +84,12 @@ def programs(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         return (program, build), output
 
-    jobs = [(program, build) for build in reversed(BUILDS.items()) for program in PROGRAMS.items()]
+    jobs = [
+        (program, build)
+        for build in reversed(BUILDS.items())
+        for program in PROGRAMS.items()
+        if program[0] in EMULATION or build[0] != "ucontext"
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(pool.map(compile_program, jobs))
 
@@ -121,6 +132,16 @@ def outcomes(text):
 def test_program(run, program, build):
     for schedule in SCHEDULES:
         done = run(program, build, TINYRES_SCHEDULE=schedule)
+        assert done.returncode == 0, f"{schedule}: {done.stdout}{done.stderr}"
+        assert "runtime error" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("build", [build for build in BUILDS if build != "ucontext"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels(run, kernel, build):
+    """ThreadSanitizer, slow, sees a race in whatever order the threads run: two will do."""
+    for schedule in SCHEDULES if build != "thread" else ("forward", "random:1"):
+        done = run(kernel, build, TINYRES_SCHEDULE=schedule)
         assert done.returncode == 0, f"{schedule}: {done.stdout}{done.stderr}"
         assert "runtime error" not in done.stderr, done.stderr
 

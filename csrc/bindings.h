@@ -1,0 +1,795 @@
+// One Python function for each kernel of the table, arguments in the same order; shared by the extensions, each of
+// which says first what an Array is. A binding checks that the arrays are what the kernel will take them for, because
+// a wrong pointer ends the interpreter; rules of the operation itself are the op's to check and to word.
+// Letters: N batch, H W input size, C channels, K filters, R S window, P Q output size.
+//
+// Before this header, the including file defines in namespace tinyres:
+//   Array                       pybind11's NumPy array, or another type with the members used here
+//   constexpr bool ON_HOST      whether the bindings may read the elements, to check indices among them
+//   constexpr bool BFLOAT16     whether there is a table for bf16
+//   void begin_call()           called first by every binding
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+
+namespace tinyres {
+namespace {
+
+namespace py = pybind11;
+
+using OptionalArray = std::optional<Array>;
+using Pair = std::pair<i64, i64>;
+using NoGil = py::gil_scoped_release;
+
+// Far beyond any use, and small enough that no index computed from it can overflow.
+constexpr i64 MAX_WINDOW = i64(1) << 20;
+
+constexpr const char* BINARY_NAMES[] = {"add", "sub", "mul", "div", "pow", "maximum"};
+constexpr const char* UNARY_NAMES[] = {"neg", "exp", "log", "sqrt", "sigmoid", "tanh", "relu"};
+constexpr const char* ALGORITHM_NAMES[] = {"auto", "naive", "direct", "tiled"};
+
+// The sizes that an array must have: up to four given, or those of another array.
+struct Shape {
+  Shape(std::initializer_list<py::ssize_t> sizes) : size(given), rank(py::ssize_t(sizes.size())) {
+    std::copy(sizes.begin(), sizes.end(), given);
+  }
+  explicit Shape(const Array& array) : size(array.shape()), rank(array.ndim()) {}
+  Shape(const Shape&) = delete;
+
+  py::ssize_t given[4];
+  const py::ssize_t* size;
+  py::ssize_t rank;
+};
+
+std::string text(const Shape& shape) {
+  std::string result = "(";
+  for (py::ssize_t i = 0; i < shape.rank; i++) result += (i ? ", " : "") + std::to_string(shape.size[i]);
+  return result + (shape.rank == 1 ? ",)" : ")");
+}
+
+// NumPy has no such type of its own, but others teach it one of this name.
+inline bool is_bfloat16(const py::dtype& type) {
+  return type.kind() == 'V' && type.itemsize() == 2 && std::string(py::str(type)) == "bfloat16";
+}
+
+template <class T>
+bool holds(const Array& array) {
+  const py::dtype type = array.dtype();
+  if constexpr (std::is_same_v<T, bf16>) return is_bfloat16(type);
+  const char kind = std::is_floating_point_v<T> ? 'f' : std::is_signed_v<T> ? 'i' : 'u';
+  return type.kind() == kind && array.itemsize() == py::ssize_t(sizeof(T)) &&
+         (type.byteorder() == '=' || type.byteorder() == '|');
+}
+
+template <class T>
+std::string type_name() {
+  if constexpr (std::is_same_v<T, bf16>) return "bfloat16";
+  return (std::is_floating_point_v<T> ? "float" : std::is_signed_v<T> ? "int" : "uint") + std::to_string(8 * sizeof(T));
+}
+
+// The checks of one call, each of which names the kernel when it fails.
+class Call {
+ public:
+  explicit Call(const char* kernel) : kernel_(kernel) { begin_call(); }
+
+  void expect(bool condition, const char* rule) const {
+    if (!condition) throw py::value_error("[" + std::string(kernel_) + "] " + rule);
+  }
+
+  // Runs body(T()) for the element type of `array`.
+  template <class F>
+  void typed(const Array& array, const F& body) const {
+    if (holds<float>(array)) {
+      body(float());
+    } else if (holds<double>(array)) {
+      body(double());
+    } else if (BFLOAT16 && holds<bf16>(array)) {
+      if constexpr (BFLOAT16) body(bf16());
+    } else {
+      throw py::type_error("[" + std::string(kernel_) + "] arrays must be float32 or float64; got " +
+                           std::string(py::str(array.dtype())));
+    }
+  }
+
+  // A dense array to be read: its elements.
+  template <class T>
+  const T* in(const char* name, const Array& array, const Shape& shape) const {
+    check<T>(name, array, shape);
+    expect_array(array.flags() & Array::c_style, name, "must be dense");
+    return static_cast<const T*>(array.data());
+  }
+
+  template <class T>
+  const T* in(const char* name, const OptionalArray& array, const Shape& shape) const {
+    return array ? in<T>(name, *array, shape) : nullptr;
+  }
+
+  // A dense array to be written.
+  template <class T>
+  T* out(const char* name, const Array& array, const Shape& shape) const {
+    in<T>(name, array, shape);
+    expect_array(array.writeable(), name, "must be writable");
+    return const_cast<T*>(static_cast<const T*>(array.data()));
+  }
+
+  template <class T>
+  T* out(const char* name, const OptionalArray& array, const Shape& shape) const {
+    return array ? out<T>(name, *array, shape) : nullptr;
+  }
+
+  // An array with any strides that are whole elements.
+  template <class T>
+  const T* view(const char* name, const Array& array, const Shape& shape) const {
+    check<T>(name, array, shape);
+    for (py::ssize_t i = 0; i < array.ndim(); i++) {
+      expect_array(array.strides(i) % py::ssize_t(sizeof(T)) == 0, name, "must have strides of whole elements");
+    }
+    return static_cast<const T*>(array.data());
+  }
+
+  void rank(const char* name, const Array& array, py::ssize_t rank) const {
+    if (array.ndim() != rank)
+      throw py::value_error("[" + std::string(kernel_) + "] " + name + " must have " + std::to_string(rank) +
+                            " axes; got shape " + text(Shape(array)));
+  }
+
+  template <std::size_t SIZE>
+  int choice(const char* const (&names)[SIZE], std::string_view name) const {
+    for (std::size_t i = 0; i < SIZE; i++) {
+      if (name == names[i]) return int(i);
+    }
+    throw py::value_error("[" + std::string(kernel_) + "] unknown name " + std::string(name));
+  }
+
+ private:
+  template <class T>
+  void check(const char* name, const Array& array, const Shape& shape) const {
+    if (!holds<T>(array))
+      throw py::type_error("[" + std::string(kernel_) + "] " + name + " must be " + type_name<T>() + "; got " +
+                           std::string(py::str(array.dtype())));
+    bool same = array.ndim() == shape.rank;
+    for (py::ssize_t i = 0; same && i < shape.rank; i++) same = array.shape(i) == shape.size[i];
+    if (!same)
+      throw py::value_error("[" + std::string(kernel_) + "] " + name + " must have shape " + text(shape) + "; got " +
+                            text(Shape(array)));
+    expect_array(reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) == 0, name, "must be aligned");
+  }
+
+  void expect_array(bool condition, const char* name, const char* rule) const {
+    if (!condition) throw py::value_error("[" + std::string(kernel_) + "] " + name + " " + rule);
+  }
+
+  const char* kernel_;
+};
+
+// Elementwise -------------------------------------------------------------------------------------------------------
+
+// Strides in elements, with neighbouring axes merged wherever all operands allow it.
+template <class T>
+Strided strided(const Call& call, const Array& y, const Array& a, const Array& b) {
+  constexpr py::ssize_t BYTES = sizeof(T);
+  Strided s;
+  s.rank = 0;
+  for (py::ssize_t axis = 0; axis < y.ndim(); axis++) {
+    const i64 size = y.shape(axis);
+    if (size == 1) continue;
+    const i64 sy = y.strides(axis) / BYTES, sa = a.strides(axis) / BYTES, sb = b.strides(axis) / BYTES;
+    const int last = s.rank - 1;
+    if (last >= 0 && s.y[last] == size * sy && s.a[last] == size * sa && s.b[last] == size * sb) {
+      s.size[last] *= size;
+      s.y[last] = sy, s.a[last] = sa, s.b[last] = sb;
+      continue;
+    }
+    call.expect(s.rank < MAX_RANK, "at most 16 axes that cannot be merged");
+    s.size[s.rank] = size;
+    s.y[s.rank] = sy, s.a[s.rank] = sa, s.b[s.rank] = sb;
+    s.rank++;
+  }
+  if (s.rank == 0) {
+    s.rank = 1;
+    s.size[0] = s.y[0] = s.a[0] = s.b[0] = 1;
+  }
+  return s;
+}
+
+void binary(std::string_view name, const Array& y, const Array& a, const Array& b) {
+  const Call call("binary");
+  const Binary op = Binary(call.choice(BINARY_NAMES, name));
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(y));
+    const T* const ap = call.view<T>("a", a, Shape(y));
+    const T* const bp = call.view<T>("b", b, Shape(y));
+    if (y.size() == 0) return;
+    const Strided s = strided<T>(call, y, a, b);
+    const NoGil released;
+    kernels<T>().binary(op, yp, ap, bp, s);
+  });
+}
+
+void unary(std::string_view name, const Array& y, const Array& x) {
+  const Call call("unary");
+  const Unary op = Unary(call.choice(UNARY_NAMES, name));
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(y));
+    const T* const xp = call.in<T>("x", x, Shape(y));
+    const NoGil released;
+    kernels<T>().unary(op, yp, xp, y.size());
+  });
+}
+
+void unary_backward(std::string_view name, const Array& dx, const Array& dy, const Array& y) {
+  const Call call("unary_backward");
+  const Unary op = Unary(call.choice(UNARY_NAMES, name));
+  call.expect(op == Unary::sqrt || op == Unary::sigmoid || op == Unary::tanh || op == Unary::relu,
+              "only sqrt, sigmoid, tanh and relu have a kernel for backward");
+  call.typed(dx, [&](auto zero) {
+    using T = decltype(zero);
+    T* const dxp = call.out<T>("dx", dx, Shape(dx));
+    const T* const dyp = call.in<T>("dy", dy, Shape(dx));
+    const T* const yp = call.in<T>("y", y, Shape(dx));
+    const NoGil released;
+    kernels<T>().unary_backward(op, dxp, dyp, yp, dx.size());
+  });
+}
+
+void add_relu(const Array& y, const Array& a, const Array& b) {
+  const Call call("add_relu");
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(y));
+    const T* const ap = call.in<T>("a", a, Shape(y));
+    const T* const bp = call.in<T>("b", b, Shape(y));
+    const NoGil released;
+    kernels<T>().add_relu(yp, ap, bp, y.size());
+  });
+}
+
+void maximum_backward(const Array& da, const Array& db, const Array& dy, const Array& a, const Array& b) {
+  const Call call("maximum_backward");
+  call.typed(dy, [&](auto zero) {
+    using T = decltype(zero);
+    T* const dap = call.out<T>("da", da, Shape(dy));
+    T* const dbp = call.out<T>("db", db, Shape(dy));
+    const T* const dyp = call.in<T>("dy", dy, Shape(dy));
+    const T* const ap = call.in<T>("a", a, Shape(dy));
+    const T* const bp = call.in<T>("b", b, Shape(dy));
+    const NoGil released;
+    kernels<T>().maximum_backward(dap, dbp, dyp, ap, bp, dy.size());
+  });
+}
+
+void pow_backward(const Array& da, const Array& db, const Array& dy, const Array& a, const Array& b, const Array& y) {
+  const Call call("pow_backward");
+  call.typed(dy, [&](auto zero) {
+    using T = decltype(zero);
+    T* const dap = call.out<T>("da", da, Shape(dy));
+    T* const dbp = call.out<T>("db", db, Shape(dy));
+    const T* const dyp = call.in<T>("dy", dy, Shape(dy));
+    const T* const ap = call.in<T>("a", a, Shape(dy));
+    const T* const bp = call.in<T>("b", b, Shape(dy));
+    const T* const yp = call.in<T>("y", y, Shape(dy));
+    const NoGil released;
+    kernels<T>().pow_backward(dap, dbp, dyp, ap, bp, yp, dy.size());
+  });
+}
+
+void dropout(const Array& y, const Array& x, double p, std::uint64_t key, std::uint64_t draw) {
+  const Call call("dropout");
+  call.expect(p >= 0 && p < 1, "p must lie in [0, 1)");
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(y));
+    const T* const xp = call.in<T>("x", x, Shape(y));
+    const NoGil released;
+    kernels<T>().dropout(yp, xp, y.size(), p, RandomKey{key, draw});
+  });
+}
+
+void copy(const Array& y, const Array& a) {
+  const Call call("copy");
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = const_cast<T*>(call.view<T>("y", y, Shape(y)));
+    call.expect(y.writeable(), "y must be writable");
+    const T* const ap = call.view<T>("a", a, Shape(y));
+    if (y.size() == 0) return;
+    const Strided s = strided<T>(call, y, a, a);
+    const NoGil released;
+    kernels<T>().copy(yp, ap, s);
+  });
+}
+
+void fill(const Array& y, double value) {
+  const Call call("fill");
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(y));
+    const NoGil released;
+    kernels<T>().fill(yp, value, y.size());
+  });
+}
+
+// Reductions -------------------------------------------------------------------------------------------------------
+
+void sum(const Array& y, const Array& x) {
+  const Call call("sum");
+  call.rank("x", x, 3);
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, {x.shape(0), x.shape(2)});
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    if (y.size() == 0) return;
+    const NoGil released;
+    kernels<T>().sum(yp, xp, x.shape(0), x.shape(1), x.shape(2));
+  });
+}
+
+void max(const Array& y, const Array& x) {
+  const Call call("max");
+  call.rank("x", x, 3);
+  call.expect(x.shape(1) > 0, "of no elements there is no largest");
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, {x.shape(0), x.shape(2)});
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    if (y.size() == 0) return;
+    const NoGil released;
+    kernels<T>().max(yp, xp, x.shape(0), x.shape(1), x.shape(2));
+  });
+}
+
+void max_backward(const Array& dx, const Array& dy, const Array& x, const Array& y) {
+  const Call call("max_backward");
+  call.rank("x", x, 3);
+  call.typed(dx, [&](auto zero) {
+    using T = decltype(zero);
+    T* const dxp = call.out<T>("dx", dx, Shape(x));
+    const T* const dyp = call.in<T>("dy", dy, {x.shape(0), x.shape(2)});
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    const T* const yp = call.in<T>("y", y, {x.shape(0), x.shape(2)});
+    if (x.size() == 0) return;
+    const NoGil released;
+    kernels<T>().max_backward(dxp, dyp, xp, yp, x.shape(0), x.shape(1), x.shape(2));
+  });
+}
+
+// Matrix multiplication ---------------------------------------------------------------------------------------------
+
+void matmul(const Array& y, const Array& a, const Array& b) {
+  const Call call("matmul");
+  call.rank("y", y, 3);
+  call.rank("a", a, 3);
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    const py::ssize_t batch = y.shape(0), M = y.shape(1), N = y.shape(2), K = a.shape(2);
+    T* const yp = call.out<T>("y", y, {batch, M, N});
+    const T* const ap = call.view<T>("a", a, {batch, M, K});
+    const T* const bp = call.view<T>("b", b, {batch, K, N});
+    const auto stride = [](const Array& array, int axis) { return i64(array.strides(axis)) / i64(sizeof(T)); };
+    const i64 a_batch = stride(a, 0), b_batch = stride(b, 0);
+    const MatrixView a_view{stride(a, 1), stride(a, 2)}, b_view{stride(b, 1), stride(b, 2)};
+    const i64 size = y.size();
+    if (size == 0) return;
+    const NoGil released;
+    if (K == 0) return kernels<T>().fill(yp, 0, size);
+    kernels<T>().matmul(yp, ap, bp, batch, M, N, K, a_batch, a_view, b_batch, b_view);
+  });
+}
+
+// Windows: convolution and pooling ----------------------------------------------------------------------------------
+
+// The window that leads from `input` (N, H, W, C) to `output` (N, P, Q, K), both of which it checks.
+Window window_between(const Call& call, const Array& input, const Array& output, Pair size, Pair stride, Pair padding) {
+  call.rank("input", input, 4);
+  call.rank("output", output, 4);
+  const auto within = [](Pair pair, i64 low) {
+    return pair.first >= low && pair.second >= low && pair.first <= MAX_WINDOW && pair.second <= MAX_WINDOW;
+  };
+  call.expect(within(size, 1), "the window must be between 1 and 2**20");
+  call.expect(within(stride, 1), "the stride must be between 1 and 2**20");
+  call.expect(within(padding, 0), "the padding must be between 0 and 2**20");
+  Window s;
+  s.N = input.shape(0), s.H = input.shape(1), s.W = input.shape(2), s.C = input.shape(3);
+  s.P = output.shape(1), s.Q = output.shape(2), s.K = output.shape(3);
+  s.R = size.first, s.S = size.second;
+  s.stride_h = stride.first, s.stride_w = stride.second;
+  s.pad_h = padding.first, s.pad_w = padding.second;
+  call.expect(s.H > 0 && s.W > 0 && s.C > 0 && s.K > 0, "image sizes and channels must not be 0");
+  call.expect(s.R <= s.H + 2 * s.pad_h && s.S <= s.W + 2 * s.pad_w, "the window must fit into the padded image");
+  call.expect(output.shape(0) == s.N && s.P == (s.H + 2 * s.pad_h - s.R) / s.stride_h + 1 &&
+                  s.Q == (s.W + 2 * s.pad_w - s.S) / s.stride_w + 1,
+              "the output must have the size that input, window, stride and padding give");
+  return s;
+}
+
+Window convolution(const Call& call, const Array& input, const Array& w, const Array& output, Pair stride,
+                   Pair padding) {
+  call.rank("w", w, 4);
+  return window_between(call, input, output, {w.shape(0), w.shape(1)}, stride, padding);
+}
+
+Window pooling(const Call& call, const Array& input, const Array& output, Pair size, Pair stride, Pair padding) {
+  const Window s = window_between(call, input, output, size, stride, padding);
+  call.expect(s.K == s.C, "input and output must have the same channels");
+  return s;
+}
+
+void conv2d_forward(const Array& y, const Array& x, const Array& w, Pair stride, Pair padding,
+                    std::string_view algorithm) {
+  const Call call("conv2d_forward");
+  const ConvAlgorithm chosen = ConvAlgorithm(call.choice(ALGORITHM_NAMES, algorithm));
+  const Window s = convolution(call, x, w, y, stride, padding);
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(y));
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    const T* const wp = call.in<T>("w", w, {s.R, s.S, s.C, s.K});
+    if (s.N == 0) return;
+    const NoGil released;
+    kernels<T>().conv2d_forward(yp, xp, wp, s, chosen);
+  });
+}
+
+void conv2d_backward_input(const Array& dx, const Array& dy, const Array& w, Pair stride, Pair padding,
+                           std::string_view algorithm) {
+  const Call call("conv2d_backward_input");
+  const ConvAlgorithm chosen = ConvAlgorithm(call.choice(ALGORITHM_NAMES, algorithm));
+  const Window s = convolution(call, dx, w, dy, stride, padding);
+  call.typed(dx, [&](auto zero) {
+    using T = decltype(zero);
+    T* const dxp = call.out<T>("dx", dx, Shape(dx));
+    const T* const dyp = call.in<T>("dy", dy, Shape(dy));
+    const T* const wp = call.in<T>("w", w, {s.R, s.S, s.C, s.K});
+    if (s.N == 0) return;
+    const NoGil released;
+    kernels<T>().conv2d_backward_input(dxp, dyp, wp, s, chosen);
+  });
+}
+
+void conv2d_backward_weight(const Array& dw, const Array& dy, const Array& x, Pair stride, Pair padding,
+                            std::string_view algorithm) {
+  const Call call("conv2d_backward_weight");
+  const ConvAlgorithm chosen = ConvAlgorithm(call.choice(ALGORITHM_NAMES, algorithm));
+  const Window s = convolution(call, x, dw, dy, stride, padding);
+  call.typed(dy, [&](auto zero) {
+    using T = decltype(zero);
+    Wide<T>* const dwp = call.out<Wide<T>>("dw", dw, {s.R, s.S, s.C, s.K});
+    const T* const dyp = call.in<T>("dy", dy, Shape(dy));
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    const NoGil released;
+    if (s.N == 0) return kernels<Wide<T>>().fill(dwp, 0, s.R * s.S * s.C * s.K);
+    kernels<T>().conv2d_backward_weight(dwp, dyp, xp, s, chosen);
+  });
+}
+
+// Every window must hold at least one real element, or there is no largest one.
+Window max_pooling(const Call& call, const Array& input, const Array& output, Pair size, Pair stride, Pair padding) {
+  const Window s = pooling(call, input, output, size, stride, padding);
+  call.expect(s.pad_h < s.R && s.pad_w < s.S, "the padding must be smaller than the window");
+  return s;
+}
+
+void max_pool2d_forward(const Array& y, const Array& argmax, const Array& x, Pair size, Pair stride, Pair padding) {
+  const Call call("max_pool2d_forward");
+  const Window s = max_pooling(call, x, y, size, stride, padding);
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(y));
+    std::int32_t* const ip = call.out<std::int32_t>("argmax", argmax, Shape(y));
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    if (s.N == 0) return;
+    const NoGil released;
+    kernels<T>().max_pool2d_forward(yp, ip, xp, s);
+  });
+}
+
+// Whether every position lies inside its window and inside the image.
+bool inside(const std::int32_t* argmax, const Window& s) {
+  for (i64 n = 0; n < s.N; n++) {
+    for (i64 p = 0; p < s.P; p++) {
+      for (i64 q = 0; q < s.Q; q++, argmax += s.C) {
+        const i64 h = p * s.stride_h - s.pad_h, w = q * s.stride_w - s.pad_w;
+        bool good = true;
+        for (i64 c = 0; c < s.C; c++) good &= argmax[c] >= 0 && argmax[c] < s.R * s.S;
+        if (!good) return false;
+        if (h >= 0 && w >= 0 && h + s.R <= s.H && w + s.S <= s.W) continue;
+        for (i64 c = 0; c < s.C; c++) {
+          const i64 row = h + argmax[c] / s.S, column = w + argmax[c] % s.S;
+          if (row < 0 || row >= s.H || column < 0 || column >= s.W) return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+void max_pool2d_backward(const Array& dx, const Array& dy, const Array& argmax, Pair size, Pair stride, Pair padding) {
+  const Call call("max_pool2d_backward");
+  const Window s = max_pooling(call, dx, dy, size, stride, padding);
+  call.typed(dx, [&](auto zero) {
+    using T = decltype(zero);
+    T* const dxp = call.out<T>("dx", dx, Shape(dx));
+    const T* const dyp = call.in<T>("dy", dy, Shape(dy));
+    const std::int32_t* const ip = call.in<std::int32_t>("argmax", argmax, Shape(dy));
+    call.expect(!ON_HOST || inside(ip, s), "argmax must lie inside of the window and of the image");
+    if (s.N == 0) return;
+    const NoGil released;
+    kernels<T>().max_pool2d_backward(dxp, dyp, ip, s);
+  });
+}
+
+void avg_pool2d_forward(const Array& y, const Array& x, Pair size, Pair stride, Pair padding) {
+  const Call call("avg_pool2d_forward");
+  const Window s = pooling(call, x, y, size, stride, padding);
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(y));
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    if (s.N == 0) return;
+    const NoGil released;
+    kernels<T>().avg_pool2d_forward(yp, xp, s);
+  });
+}
+
+void avg_pool2d_backward(const Array& dx, const Array& dy, Pair size, Pair stride, Pair padding) {
+  const Call call("avg_pool2d_backward");
+  const Window s = pooling(call, dx, dy, size, stride, padding);
+  call.typed(dx, [&](auto zero) {
+    using T = decltype(zero);
+    T* const dxp = call.out<T>("dx", dx, Shape(dx));
+    const T* const dyp = call.in<T>("dy", dy, Shape(dy));
+    if (s.N == 0) return;
+    const NoGil released;
+    kernels<T>().avg_pool2d_backward(dxp, dyp, s);
+  });
+}
+
+void global_avg_pool2d_forward(const Array& y, const Array& x) {
+  const Call call("global_avg_pool2d_forward");
+  call.rank("x", x, 4);
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    const py::ssize_t N = x.shape(0), HW = x.shape(1) * x.shape(2), C = x.shape(3);
+    T* const yp = call.out<T>("y", y, {N, C});
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    call.expect(HW > 0, "the image must not be empty");
+    if (N * C == 0) return;
+    const NoGil released;
+    kernels<T>().global_avg_pool2d_forward(yp, xp, N, HW, C);
+  });
+}
+
+void global_avg_pool2d_backward(const Array& dx, const Array& dy) {
+  const Call call("global_avg_pool2d_backward");
+  call.rank("dx", dx, 4);
+  call.typed(dx, [&](auto zero) {
+    using T = decltype(zero);
+    const py::ssize_t N = dx.shape(0), HW = dx.shape(1) * dx.shape(2), C = dx.shape(3);
+    T* const dxp = call.out<T>("dx", dx, Shape(dx));
+    const T* const dyp = call.in<T>("dy", dy, {N, C});
+    if (N * HW * C == 0) return;
+    const NoGil released;
+    kernels<T>().global_avg_pool2d_backward(dxp, dyp, N, HW, C);
+  });
+}
+
+// Batch norm --------------------------------------------------------------------------------------------------------
+
+// x as (M, C): the last axis against all others.
+std::pair<i64, py::ssize_t> rows_and_channels(const Call& call, const Array& x) {
+  call.expect(x.ndim() >= 1 && x.size() > 0, "x must have at least one axis and one element");
+  const py::ssize_t C = x.shape(x.ndim() - 1);
+  return {x.size() / C, C};
+}
+
+void batch_norm_forward(const Array& y, const Array& mean, const Array& inv_std, const OptionalArray& running_mean,
+                        const OptionalArray& running_var, const Array& x, const Array& gamma, const Array& beta,
+                        const OptionalArray& residual, bool relu, double momentum, double eps) {
+  const Call call("batch_norm_forward");
+  call.expect(running_mean.has_value() == running_var.has_value(), "running_mean and running_var go together");
+  const auto [M, C] = rows_and_channels(call, x);
+  call.typed(x, [&, M = M, C = C](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(x));
+    Wide<T>* const mean_p = call.out<Wide<T>>("mean", mean, {C});
+    Wide<T>* const inv_std_p = call.out<Wide<T>>("inv_std", inv_std, {C});
+    Wide<T>* const running_mean_p = call.out<Wide<T>>("running_mean", running_mean, {C});
+    Wide<T>* const running_var_p = call.out<Wide<T>>("running_var", running_var, {C});
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    const Wide<T>* const gamma_p = call.in<Wide<T>>("gamma", gamma, {C});
+    const Wide<T>* const beta_p = call.in<Wide<T>>("beta", beta, {C});
+    const T* const residual_p = call.in<T>("residual", residual, Shape(x));
+    const NoGil released;
+    kernels<T>().batch_norm_forward(yp, mean_p, inv_std_p, running_mean_p, running_var_p, xp, gamma_p, beta_p,
+                                    residual_p, relu, momentum, eps, M, C);
+  });
+}
+
+void batch_norm_backward(const Array& dx, const OptionalArray& dresidual, const Array& dgamma, const Array& dbeta,
+                         const Array& dy, const Array& x, const OptionalArray& y, const Array& gamma, const Array& mean,
+                         const Array& inv_std) {
+  const Call call("batch_norm_backward");
+  const auto [M, C] = rows_and_channels(call, x);
+  call.typed(x, [&, M = M, C = C](auto zero) {
+    using T = decltype(zero);
+    T* const dxp = call.out<T>("dx", dx, Shape(x));
+    T* const dresidual_p = call.out<T>("dresidual", dresidual, Shape(x));
+    Wide<T>* const dgamma_p = call.out<Wide<T>>("dgamma", dgamma, {C});
+    Wide<T>* const dbeta_p = call.out<Wide<T>>("dbeta", dbeta, {C});
+    const T* const dyp = call.in<T>("dy", dy, Shape(x));
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    const T* const yp = call.in<T>("y", y, Shape(x));
+    const Wide<T>* const gamma_p = call.in<Wide<T>>("gamma", gamma, {C});
+    const Wide<T>* const mean_p = call.in<Wide<T>>("mean", mean, {C});
+    const Wide<T>* const inv_std_p = call.in<Wide<T>>("inv_std", inv_std, {C});
+    const NoGil released;
+    kernels<T>().batch_norm_backward(dxp, dresidual_p, dgamma_p, dbeta_p, dyp, xp, yp, gamma_p, mean_p, inv_std_p, M,
+                                     C);
+  });
+}
+
+void batch_norm_inference(const Array& y, const Array& x, const Array& gamma, const Array& beta, const Array& mean,
+                          const Array& var, const OptionalArray& residual, bool relu, double eps) {
+  const Call call("batch_norm_inference");
+  const auto [M, C] = rows_and_channels(call, x);
+  call.typed(x, [&, M = M, C = C](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(x));
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    const Wide<T>* const gamma_p = call.in<Wide<T>>("gamma", gamma, {C});
+    const Wide<T>* const beta_p = call.in<Wide<T>>("beta", beta, {C});
+    const Wide<T>* const mean_p = call.in<Wide<T>>("mean", mean, {C});
+    const Wide<T>* const var_p = call.in<Wide<T>>("var", var, {C});
+    const T* const residual_p = call.in<T>("residual", residual, Shape(x));
+    const NoGil released;
+    kernels<T>().batch_norm_inference(yp, xp, gamma_p, beta_p, mean_p, var_p, residual_p, relu, eps, M, C);
+  });
+}
+
+void batch_norm_inference_backward(const Array& dx, const Array& dgamma, const Array& dbeta, const Array& dy,
+                                   const Array& x, const Array& gamma, const Array& mean, const Array& var,
+                                   double eps) {
+  const Call call("batch_norm_inference_backward");
+  const auto [M, C] = rows_and_channels(call, x);
+  call.typed(x, [&, M = M, C = C](auto zero) {
+    using T = decltype(zero);
+    T* const dxp = call.out<T>("dx", dx, Shape(x));
+    Wide<T>* const dgamma_p = call.out<Wide<T>>("dgamma", dgamma, {C});
+    Wide<T>* const dbeta_p = call.out<Wide<T>>("dbeta", dbeta, {C});
+    const T* const dyp = call.in<T>("dy", dy, Shape(x));
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    const Wide<T>* const gamma_p = call.in<Wide<T>>("gamma", gamma, {C});
+    const Wide<T>* const mean_p = call.in<Wide<T>>("mean", mean, {C});
+    const Wide<T>* const var_p = call.in<Wide<T>>("var", var, {C});
+    const NoGil released;
+    kernels<T>().batch_norm_inference_backward(dxp, dgamma_p, dbeta_p, dyp, xp, gamma_p, mean_p, var_p, eps, M, C);
+  });
+}
+
+// Loss and training -------------------------------------------------------------------------------------------------
+
+bool all_below(const i64* values, i64 n, i64 limit) {
+  bool good = true;
+  for (i64 i = 0; i < n; i++) good &= values[i] >= 0 && values[i] < limit;
+  return good;
+}
+
+void cross_entropy(const Array& loss, const Array& dlogits, const Array& logits, const Array& labels,
+                   double smoothing) {
+  const Call call("cross_entropy");
+  call.rank("logits", logits, 2);
+  call.expect(logits.size() > 0, "logits must not be empty");
+  call.expect(smoothing >= 0 && smoothing <= 1, "smoothing must lie in [0, 1]");
+  call.typed(logits, [&](auto zero) {
+    using T = decltype(zero);
+    const py::ssize_t N = logits.shape(0), K = logits.shape(1);
+    Wide<T>* const loss_p = call.out<Wide<T>>("loss", loss, {});
+    T* const dlogits_p = call.out<T>("dlogits", dlogits, {N, K});
+    const T* const logits_p = call.in<T>("logits", logits, {N, K});
+    const i64* const labels_p = call.in<i64>("labels", labels, {N});
+    call.expect(!ON_HOST || all_below(labels_p, N, K), "labels must lie between 0 and K - 1");
+    const NoGil released;
+    kernels<T>().cross_entropy(loss_p, dlogits_p, logits_p, labels_p, smoothing, N, K);
+  });
+}
+
+void sgd(const std::vector<Array>& weights, const std::optional<std::vector<Array>>& velocities,
+         const std::vector<Array>& gradients, const std::vector<double>& decays, double lr, double momentum,
+         bool nesterov) {
+  const Call call("sgd");
+  const std::size_t count = weights.size();
+  call.expect(gradients.size() == count && decays.size() == count && (!velocities || velocities->size() == count),
+              "weights, velocities, gradients and decays must be of the same length");
+  call.expect(momentum == 0 || velocities, "velocities must be given unless momentum is 0");
+  if (count == 0) return;
+  call.typed(weights[0], [&](auto zero) {
+    using T = decltype(zero);
+    std::vector<T*> w(count), v(velocities ? count : 0);
+    std::vector<const T*> dw(count);
+    std::vector<i64> n(count);
+    for (std::size_t i = 0; i < count; i++) {
+      const Shape shape(weights[i]);
+      w[i] = call.out<T>("weight", weights[i], shape);
+      if (velocities) v[i] = call.out<T>("velocity", (*velocities)[i], shape);
+      dw[i] = call.in<T>("gradient", gradients[i], shape);
+      n[i] = weights[i].size();
+    }
+    const NoGil released;
+    kernels<T>().sgd(i64(count), w.data(), velocities ? v.data() : nullptr, dw.data(), n.data(), decays.data(), lr,
+                     momentum, nesterov);
+  });
+}
+
+void augment(const Array& x, const Array& images, const Array& index, const Array& top, const Array& left,
+             const Array& flip, const Array& mean, const Array& scale) {
+  const Call call("augment");
+  call.rank("x", x, 4);
+  call.rank("images", images, 4);
+  call.typed(x, [&](auto zero) {
+    using T = decltype(zero);
+    const py::ssize_t N = x.shape(0), L = images.shape(0), H = x.shape(1), W = x.shape(2), C = x.shape(3);
+    T* const xp = call.out<T>("x", x, Shape(x));
+    const std::uint8_t* const images_p = call.in<std::uint8_t>("images", images, {L, H, W, C});
+    const i64* const index_p = call.in<i64>("index", index, {N});
+    const std::int32_t* const top_p = call.in<std::int32_t>("top", top, {N});
+    const std::int32_t* const left_p = call.in<std::int32_t>("left", left, {N});
+    const std::uint8_t* const flip_p = call.in<std::uint8_t>("flip", flip, {N});
+    const float* const mean_p = call.in<float>("mean", mean, {H, W, C});
+    const float* const scale_p = call.in<float>("scale", scale, {C});
+    call.expect(!ON_HOST || all_below(index_p, N, L), "index must lie between 0 and the number of images - 1");
+    if (x.size() == 0) return;
+    const NoGil released;
+    kernels<T>().augment(xp, images_p, index_p, top_p, left_p, flip_p, mean_p, scale_p, N, H, W, C);
+  });
+}
+
+}  // namespace
+
+inline void define_kernels(py::module_& module) {
+  module.def("binary", &binary);
+  module.def("unary", &unary);
+  module.def("unary_backward", &unary_backward);
+  module.def("add_relu", &add_relu);
+  module.def("maximum_backward", &maximum_backward);
+  module.def("pow_backward", &pow_backward);
+  module.def("dropout", &dropout);
+  module.def("copy", &copy);
+  module.def("fill", &fill);
+  module.def("sum", &sum);
+  module.def("max", &max);
+  module.def("max_backward", &max_backward);
+  module.def("matmul", &matmul);
+  module.def("conv2d_forward", &conv2d_forward);
+  module.def("conv2d_backward_input", &conv2d_backward_input);
+  module.def("conv2d_backward_weight", &conv2d_backward_weight);
+  module.def("batch_norm_forward", &batch_norm_forward);
+  module.def("batch_norm_backward", &batch_norm_backward);
+  module.def("batch_norm_inference", &batch_norm_inference);
+  module.def("batch_norm_inference_backward", &batch_norm_inference_backward);
+  module.def("max_pool2d_forward", &max_pool2d_forward);
+  module.def("max_pool2d_backward", &max_pool2d_backward);
+  module.def("avg_pool2d_forward", &avg_pool2d_forward);
+  module.def("avg_pool2d_backward", &avg_pool2d_backward);
+  module.def("global_avg_pool2d_forward", &global_avg_pool2d_forward);
+  module.def("global_avg_pool2d_backward", &global_avg_pool2d_backward);
+  module.def("cross_entropy", &cross_entropy);
+  module.def("sgd", &sgd);
+  module.def("augment", &augment);
+}
+
+}  // namespace tinyres

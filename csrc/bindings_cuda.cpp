@@ -1,0 +1,154 @@
+// tinyres._emulated and tinyres._cuda: the CUDA kernels, compiled for the CPU by the C++ compiler (TINYRES_EMULATED)
+// or for the GPU by nvcc. Arrays are CuPy's, and NumPy's too where the kernels run on the CPU.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#ifdef TINYRES_EMULATED
+#define TINYRES_MODULE _emulated
+using cudaStream_t = struct CUstream_st*;
+#else
+#define TINYRES_MODULE _cuda
+#include <cuda_runtime.h>
+#endif
+
+namespace tinyres {
+
+#ifdef TINYRES_EMULATED
+constexpr bool ON_HOST = true;
+#else
+constexpr bool ON_HOST = false;
+#endif
+constexpr bool BFLOAT16 = true;
+
+// What pybind11's array has, of a NumPy array or of an array that lies elsewhere and tells its address by `.data.ptr`,
+// as CuPy's do.
+class Array {
+ public:
+  static constexpr int c_style = 1, MAX_AXES = 32;
+
+  int flags() const { return dense_ ? c_style : 0; }
+  bool writeable() const { return writeable_; }
+  pybind11::dtype dtype() const { return dtype_; }
+  pybind11::ssize_t itemsize() const { return dtype_.itemsize(); }
+  pybind11::ssize_t ndim() const { return ndim_; }
+  pybind11::ssize_t size() const { return size_; }
+  const pybind11::ssize_t* shape() const { return shape_; }
+  pybind11::ssize_t shape(pybind11::ssize_t axis) const { return shape_[axis]; }
+  pybind11::ssize_t strides(pybind11::ssize_t axis) const { return strides_[axis]; }
+  const void* data() const { return data_; }
+
+  // Whether `source` is such an array; then this describes it.
+  bool describe(pybind11::handle source) {
+    namespace py = pybind11;
+    if (py::isinstance<py::array>(source)) {
+      if (!ON_HOST) return false;
+      const auto array = py::reinterpret_borrow<py::array>(source);
+      dtype_ = array.dtype();
+      data_ = array.data();
+      writeable_ = array.writeable();
+      return set_axes(array.ndim(), array.shape(), array.strides());
+    }
+    const py::object data = py::getattr(source, "data", py::none());
+    const py::object address = py::getattr(data, "ptr", py::none());
+    if (address.is_none()) return false;
+    dtype_ = source.attr("dtype").cast<py::dtype>();
+    data_ = reinterpret_cast<const void*>(address.cast<std::uintptr_t>());
+    writeable_ = true;
+    const py::tuple shape = source.attr("shape"), strides = source.attr("strides");
+    py::ssize_t sizes[MAX_AXES], steps[MAX_AXES];
+    if (shape.size() > MAX_AXES) return false;
+    for (std::size_t i = 0; i < shape.size(); i++) {
+      sizes[i] = shape[i].cast<py::ssize_t>();
+      steps[i] = strides[i].cast<py::ssize_t>();
+    }
+    return set_axes(py::ssize_t(shape.size()), sizes, steps);
+  }
+
+ private:
+  bool set_axes(pybind11::ssize_t ndim, const pybind11::ssize_t* shape, const pybind11::ssize_t* strides) {
+    if (ndim > MAX_AXES) return false;
+    ndim_ = ndim;
+    size_ = 1;
+    dense_ = true;
+    for (pybind11::ssize_t i = ndim - 1; i >= 0; i--) {
+      shape_[i] = shape[i];
+      strides_[i] = strides[i];
+      dense_ = dense_ && (shape[i] == 1 || strides[i] == size_ * itemsize());
+      size_ *= shape[i];
+    }
+    dense_ = dense_ || size_ == 0;
+    return true;
+  }
+
+  pybind11::dtype dtype_;
+  const void* data_ = nullptr;
+  bool writeable_ = false, dense_ = false;
+  pybind11::ssize_t ndim_ = 0, size_ = 0, shape_[MAX_AXES], strides_[MAX_AXES];
+};
+
+// What the launchers ask of their caller (cuda/common.h), answered by the adapter in Python ---------------------------
+
+namespace {
+
+pybind11::object* allocate = nullptr;  // (bytes) -> an array of that size
+pybind11::object* stream = nullptr;    // () -> the address of the stream to launch on; nullptr: the default one
+thread_local cudaStream_t stream_of_call = nullptr;
+
+void begin_call() {
+  stream_of_call = stream ? reinterpret_cast<cudaStream_t>((*stream)().cast<std::uintptr_t>()) : nullptr;
+}
+
+}  // namespace
+
+cudaStream_t current_stream() { return stream_of_call; }
+
+thread_local std::vector<std::pair<void*, pybind11::object>> scratch_blocks;
+
+void* scratch_take(std::size_t bytes) {
+  const pybind11::gil_scoped_acquire gil;
+  pybind11::object block = (*allocate)(bytes);
+  Array array;
+  if (!array.describe(block)) throw pybind11::type_error("the allocator must return an array");
+  scratch_blocks.emplace_back(const_cast<void*>(array.data()), std::move(block));
+  return scratch_blocks.back().first;
+}
+
+void scratch_return(void* block) noexcept {
+  const pybind11::gil_scoped_acquire gil;
+  for (auto held = scratch_blocks.begin(); held != scratch_blocks.end(); ++held) {
+    if (held->first != block) continue;
+    scratch_blocks.erase(held);
+    return;
+  }
+}
+
+}  // namespace tinyres
+
+namespace pybind11::detail {
+template <>
+struct type_caster<tinyres::Array> {
+  PYBIND11_TYPE_CASTER(tinyres::Array, const_name("array"));
+  bool load(handle source, bool) { return value.describe(source); }
+};
+}  // namespace pybind11::detail
+
+#include "bindings.h"
+
+PYBIND11_MODULE(TINYRES_MODULE, module) {
+  using namespace tinyres;
+  namespace py = pybind11;
+  module.doc() = "CUDA kernels of tinyres; tinyres/backend/cuda.py is the way in";
+  define_kernels(module);
+  module.attr("conv_algorithms") = py::make_tuple("auto", "naive", "tiled");
+  module.def(
+      "connect",
+      [](const py::object& allocator, const py::object& stream_address) {
+        delete std::exchange(allocate, new py::object(allocator));
+        delete std::exchange(stream, stream_address.is_none() ? nullptr : new py::object(stream_address));
+      },
+      "Where scratch memory comes from, (bytes) -> array, and the stream that is launched on, () -> address or None");
+}

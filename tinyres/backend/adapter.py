@@ -1,0 +1,354 @@
+"""The adapter between the kernel table and an extension: one class for `cpu`, `emulated` and `cuda`.
+
+A method makes its inputs dense (the one place where that happens), takes the output from the allocator and calls
+the launcher of the same name. Contracts are in spec.py.
+"""
+
+import math
+
+import numpy as np
+
+from tinyres.backend.reference import output_size
+from tinyres.errors import ArgumentError, expect
+from tinyres.options import get as options
+
+
+def _wide(dtype):
+    """What statistics and weight gradients are kept in beside elements of `dtype`."""
+    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+
+
+# what the methods of one kind have in common ---------------------------------------------------------------------
+
+
+def _binary(op):
+    def kernel(self, a, b):
+        a, b = self._operand(a), self._operand(b)
+        if a.shape != b.shape:
+            shape = np.broadcast_shapes(a.shape, b.shape)
+            a, b = self.xp.broadcast_to(a, shape), self.xp.broadcast_to(b, shape)
+        y = self._like(a)
+        self.extension.binary(op, y, a, b)
+        return y
+
+    return kernel
+
+
+def _unary(op):
+    def kernel(self, x):
+        y = self._like(x)
+        self.extension.unary(op, y, self.contiguous(x))
+        return y
+
+    return kernel
+
+
+def _unary_backward(op):
+    def kernel(self, dy, y):
+        dx = self._like(y)
+        self.extension.unary_backward(op, dx, self.contiguous(dy), self.contiguous(y))
+        return dx
+
+    return kernel
+
+
+def _reduce(kernel):
+    def reduce(self, x, axes, keepdims):
+        rows, _ = self._rows(x, axes)
+        y = self.empty(tuple(n for i, n in enumerate(x.shape) if i not in axes), x.dtype)
+        getattr(self.extension, kernel)(y.reshape(rows.shape[0], rows.shape[2]), rows)
+        return y.reshape([1 if i in axes else n for i, n in enumerate(x.shape)]) if keepdims else y
+
+    return reduce
+
+
+class Adapter:
+    """The kernels of a device as methods.
+
+    xp         the array module: NumPy or CuPy
+    extension  tinyres._cpu, _emulated or _cuda
+    empty      (shape, dtype) -> an uninitialised dense array
+    """
+
+    def __init__(self, name, xp, extension, empty):
+        self.name, self.xp, self.extension, self.empty = name, xp, extension, empty
+
+    def contiguous(self, x):
+        if x.flags.c_contiguous:
+            return x
+        y = self._like(x)
+        self.extension.copy(y, x)
+        return y
+
+    def _like(self, x):
+        return self.empty(x.shape, x.dtype)
+
+    def _operand(self, a):
+        """An operand of an elementwise op: a NumPy scalar array () becomes the device's."""
+        if isinstance(a, self.xp.ndarray):
+            return a
+        y = self.empty((), a.dtype)
+        self.extension.fill(y, float(a))
+        return y
+
+    # elementwise ----------------------------------------------------------------------------------------------------
+
+    add, sub, mul, div = _binary("add"), _binary("sub"), _binary("mul"), _binary("div")
+    pow, maximum = _binary("pow"), _binary("maximum")
+    neg, exp, log, sqrt = _unary("neg"), _unary("exp"), _unary("log"), _unary("sqrt")
+    sigmoid, tanh, relu = _unary("sigmoid"), _unary("tanh"), _unary("relu")
+    sqrt_backward, sigmoid_backward = _unary_backward("sqrt"), _unary_backward("sigmoid")
+    tanh_backward, relu_backward = _unary_backward("tanh"), _unary_backward("relu")
+
+    def _spread(self, a, shape):
+        return self.contiguous(self.xp.broadcast_to(self._operand(a), shape))
+
+    def pow_backward(self, dy, a, b, y):
+        da, db = self._like(dy), self._like(dy)
+        a, b, y = (self._spread(v, dy.shape) for v in (a, b, y))
+        self.extension.pow_backward(da, db, self.contiguous(dy), a, b, y)
+        return da, db
+
+    def maximum_backward(self, dy, a, b):
+        da, db = self._like(dy), self._like(dy)
+        a, b = self._spread(a, dy.shape), self._spread(b, dy.shape)
+        self.extension.maximum_backward(da, db, self.contiguous(dy), a, b)
+        return da, db
+
+    def accumulate(self, total, x):
+        self.extension.binary("add", total, total, x)
+        return total
+
+    def add_relu(self, a, b):
+        y = self._like(a)
+        self.extension.add_relu(y, self.contiguous(a), self.contiguous(b))
+        return y
+
+    def dropout(self, x, p, key):
+        y = self._like(x)
+        self.extension.dropout(y, self.contiguous(x), p, *key)
+        return y
+
+    # shape ----------------------------------------------------------------------------------------------------------
+
+    def broadcast_to(self, x, shape):
+        y = self.empty(shape, x.dtype)
+        self.extension.copy(y, self.xp.broadcast_to(self._operand(x), shape))
+        return y
+
+    def pad(self, x, widths, value):
+        y = self.empty(tuple(n + before + after for n, (before, after) in zip(x.shape, widths, strict=True)), x.dtype)
+        self.extension.fill(y, value)
+        inner = y[tuple(slice(before, before + n) for n, (before, _) in zip(x.shape, widths, strict=True))]
+        self.extension.copy(inner, x)
+        return y
+
+    def concatenate(self, arrays, axis):
+        shape = list(arrays[0].shape)
+        shape[axis] = 0
+        for x in arrays:
+            shape[axis] += x.shape[axis]
+        y = self.empty(tuple(shape), arrays[0].dtype)
+        begin = 0
+        for x in arrays:
+            end = begin + x.shape[axis]
+            self.extension.copy(y[(slice(None),) * axis + (slice(begin, end),)], x)
+            begin = end
+        return y
+
+    def scatter(self, dy, shape, index):
+        dx = self.empty(shape, dy.dtype)
+        self.extension.fill(dx, 0)
+        self.extension.copy(dx[index], dy)
+        return dx
+
+    # reductions -----------------------------------------------------------------------------------------------------
+
+    def _rows(self, x, axes):
+        """x as dense (outer, n, inner) with n over `axes`; and the order of x's axes in it."""
+        first, end = (axes[0], axes[-1] + 1) if axes else (0, 0)
+        order = list(range(x.ndim))
+        if end - first != len(axes):  # not neighbours: bring them to the front
+            order = [*axes, *(i for i in order if i not in axes)]
+            x, first, end = x.transpose(order), 0, len(axes)
+        shape = math.prod(x.shape[:first]), math.prod(x.shape[first:end]), math.prod(x.shape[end:])
+        return self.contiguous(x).reshape(shape), order
+
+    sum, max = _reduce("sum"), _reduce("max")
+
+    def max_backward(self, dy, x, y, axes):
+        rows, order = self._rows(x, axes)
+        dx = self.empty(rows.shape, x.dtype)
+        outputs = (rows.shape[0], rows.shape[2])
+        dy, y = self.contiguous(dy).reshape(outputs), self.contiguous(y).reshape(outputs)
+        self.extension.max_backward(dx, dy, rows, y)
+        dx = dx.reshape([x.shape[i] for i in order])
+        return self.contiguous(dx.transpose([order.index(i) for i in range(x.ndim)]))
+
+    def sum_to(self, x, shape):
+        lead = x.ndim - len(shape)
+        axes = tuple(range(lead)) + tuple(lead + i for i, n in enumerate(shape) if n == 1 and x.shape[lead + i] != 1)
+        return self.sum(x, axes, True).reshape(shape) if axes else x
+
+    # linear algebra -------------------------------------------------------------------------------------------------
+
+    def matmul(self, a, b, transpose_a=False, transpose_b=False):
+        if transpose_a:
+            a = a.swapaxes(-1, -2)
+        if transpose_b:
+            b = b.swapaxes(-1, -2)
+        batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        y = self.empty((*batch, a.shape[-2], b.shape[-1]), a.dtype)
+        rows = y.reshape(math.prod(batch), *y.shape[-2:])
+        self.extension.matmul(rows, self._batched(a, batch), self._batched(b, batch))
+        return y
+
+    def _batched(self, a, batch):
+        """`a` as (matrices, rows, columns) with its leading axes broadcast to `batch`: a view where one is possible."""
+        if a.ndim == 2:
+            return self.xp.broadcast_to(a, (math.prod(batch), *a.shape))
+        return self.xp.broadcast_to(a, (*batch, *a.shape[-2:])).reshape(math.prod(batch), *a.shape[-2:])
+
+    # convolution ----------------------------------------------------------------------------------------------------
+
+    def _algorithm(self):
+        known, chosen = self.extension.conv_algorithms, options().conv
+        rule = f"on {self.name} the option conv is one of {', '.join(known)}"
+        expect(chosen in known, "conv2d", rule, ArgumentError, conv=chosen)
+        return chosen
+
+    def conv2d_forward(self, x, w, stride, padding):
+        algorithm = self._algorithm()
+        y = self.empty((x.shape[0], *output_size(x.shape, w.shape[:2], stride, padding), w.shape[3]), x.dtype)
+        self.extension.conv2d_forward(y, self.contiguous(x), self.contiguous(w), stride, padding, algorithm)
+        return y
+
+    def conv2d_backward_input(self, dy, w, x_shape, stride, padding):
+        algorithm = self._algorithm()
+        dx = self.empty(x_shape, dy.dtype)
+        self.extension.conv2d_backward_input(dx, self.contiguous(dy), self.contiguous(w), stride, padding, algorithm)
+        return dx
+
+    def conv2d_backward_weight(self, dy, x, w_shape, stride, padding):
+        algorithm = self._algorithm()
+        dw = self.empty(w_shape, _wide(dy.dtype))
+        self.extension.conv2d_backward_weight(dw, self.contiguous(dy), self.contiguous(x), stride, padding, algorithm)
+        return dw
+
+    # batch norm: plain, +ReLU and +add+ReLU are one kernel with two switches ----------------------------------------
+
+    def _batch_norm_forward(self, x, residual, relu, gamma, beta, running_mean, running_var, momentum, eps):
+        y, mean, inv_std = self._like(x), self._like(gamma), self._like(gamma)
+        residual = residual if residual is None else self.contiguous(residual)
+        self.extension.batch_norm_forward(
+            y,
+            mean,
+            inv_std,
+            running_mean,
+            running_var,
+            self.contiguous(x),
+            self.contiguous(gamma),
+            self.contiguous(beta),
+            residual,
+            relu,
+            momentum,
+            eps,
+        )
+        return y, mean, inv_std
+
+    def batch_norm_forward(self, x, *args):
+        return self._batch_norm_forward(x, None, False, *args)
+
+    def batch_norm_relu_forward(self, x, *args):
+        return self._batch_norm_forward(x, None, True, *args)
+
+    def batch_norm_add_relu_forward(self, x, residual, *args):
+        return self._batch_norm_forward(x, residual, True, *args)
+
+    def _batch_norm_backward(self, dy, x, y, dresidual, gamma, mean, inv_std):
+        dx, dgamma, dbeta = self._like(x), self._like(gamma), self._like(gamma)
+        dy, x, gamma = self.contiguous(dy), self.contiguous(x), self.contiguous(gamma)
+        self.extension.batch_norm_backward(dx, dresidual, dgamma, dbeta, dy, x, y, gamma, mean, inv_std)
+        return dx, dgamma, dbeta
+
+    def batch_norm_backward(self, dy, x, gamma, mean, inv_std):
+        return self._batch_norm_backward(dy, x, None, None, gamma, mean, inv_std)
+
+    def batch_norm_relu_backward(self, dy, x, y, gamma, mean, inv_std):
+        return self._batch_norm_backward(dy, x, y, None, gamma, mean, inv_std)
+
+    def batch_norm_add_relu_backward(self, dy, x, y, gamma, mean, inv_std):
+        dresidual = self._like(x)
+        dx, dgamma, dbeta = self._batch_norm_backward(dy, x, y, dresidual, gamma, mean, inv_std)
+        return dx, dresidual, dgamma, dbeta
+
+    def _batch_norm_inference(self, x, residual, relu, gamma, beta, mean, var, eps):
+        y = self._like(x)
+        residual = residual if residual is None else self.contiguous(residual)
+        gamma, beta, mean, var = (self.contiguous(v) for v in (gamma, beta, mean, var))
+        self.extension.batch_norm_inference(y, self.contiguous(x), gamma, beta, mean, var, residual, relu, eps)
+        return y
+
+    def batch_norm_inference(self, x, *args):
+        return self._batch_norm_inference(x, None, False, *args)
+
+    def batch_norm_relu_inference(self, x, *args):
+        return self._batch_norm_inference(x, None, True, *args)
+
+    def batch_norm_add_relu_inference(self, x, residual, *args):
+        return self._batch_norm_inference(x, residual, True, *args)
+
+    def batch_norm_inference_backward(self, dy, x, gamma, mean, var, eps):
+        dx, dgamma, dbeta = self._like(x), self._like(gamma), self._like(gamma)
+        dy, x, gamma, mean, var = (self.contiguous(v) for v in (dy, x, gamma, mean, var))
+        self.extension.batch_norm_inference_backward(dx, dgamma, dbeta, dy, x, gamma, mean, var, eps)
+        return dx, dgamma, dbeta
+
+    # pooling --------------------------------------------------------------------------------------------------------
+
+    def max_pool2d_forward(self, x, window, stride, padding):
+        shape = (x.shape[0], *output_size(x.shape, window, stride, padding), x.shape[3])
+        y, argmax = self.empty(shape, x.dtype), self.empty(shape, np.int32)
+        self.extension.max_pool2d_forward(y, argmax, self.contiguous(x), window, stride, padding)
+        return y, argmax
+
+    def max_pool2d_backward(self, dy, argmax, x_shape, window, stride, padding):
+        dx = self.empty(x_shape, dy.dtype)
+        self.extension.max_pool2d_backward(dx, self.contiguous(dy), argmax, window, stride, padding)
+        return dx
+
+    def avg_pool2d_forward(self, x, window, stride, padding):
+        y = self.empty((x.shape[0], *output_size(x.shape, window, stride, padding), x.shape[3]), x.dtype)
+        self.extension.avg_pool2d_forward(y, self.contiguous(x), window, stride, padding)
+        return y
+
+    def avg_pool2d_backward(self, dy, x_shape, window, stride, padding):
+        dx = self.empty(x_shape, dy.dtype)
+        self.extension.avg_pool2d_backward(dx, self.contiguous(dy), window, stride, padding)
+        return dx
+
+    def global_avg_pool2d_forward(self, x):
+        y = self.empty((x.shape[0], x.shape[3]), x.dtype)
+        self.extension.global_avg_pool2d_forward(y, self.contiguous(x))
+        return y
+
+    def global_avg_pool2d_backward(self, dy, x_shape):
+        dx = self.empty(x_shape, dy.dtype)
+        self.extension.global_avg_pool2d_backward(dx, self.contiguous(dy))
+        return dx
+
+    # loss and training ----------------------------------------------------------------------------------------------
+
+    def cross_entropy(self, logits, labels, smoothing):
+        loss, dlogits = self.empty((), _wide(logits.dtype)), self._like(logits)
+        labels = self.xp.ascontiguousarray(labels)
+        self.extension.cross_entropy(loss, dlogits, self.contiguous(logits), labels, smoothing)
+        return loss, dlogits
+
+    def sgd(self, *args):
+        self.extension.sgd(*args)
+
+    def augment(self, images, index, top, left, flip, mean, scale):
+        x = self.empty((len(index), *images.shape[1:]), np.float32)
+        self.extension.augment(x, images, index, top, left, flip, mean, scale)
+        return x

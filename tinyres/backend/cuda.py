@@ -1,0 +1,71 @@
+"""Devices `emulated` and `cuda`: the CUDA kernels, on the CPU over NumPy arrays and on the GPU over CuPy's."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from tinyres.backend import memory
+from tinyres.backend.adapter import Adapter
+from tinyres.errors import DeviceError
+
+
+def emulated() -> Adapter:
+    """The kernels compiled for the CPU: slow and exact, for tests, debuggers and readers without a GPU.
+
+    Raises DeviceError if they were not built.
+    """
+    try:
+        importlib.import_module("tinyres._emulated")
+    except ImportError as error:
+        raise DeviceError(f"[backend] emulated needs tinyres._emulated ({_first_line(error)})") from None
+    return adapter("emulated", np, "_emulated", memory.empty, None)
+
+
+def cuda() -> Adapter:
+    """The kernels compiled for the GPU, on CuPy's arrays, memory pool and current stream.
+
+    Raises DeviceError if the kernels were not built, if CuPy is missing, or if there is no driver or GPU.
+    """
+    try:
+        importlib.import_module("tinyres._cuda")
+    except ModuleNotFoundError:
+        raise DeviceError(
+            "[backend] cuda needs tinyres built with nvcc, which was not found when it was installed: put the CUDA "
+            "toolkit's nvcc on the PATH and install again with TINYRES_CUDA=ON"
+        ) from None
+    except ImportError as error:
+        raise DeviceError(f"[backend] cuda needs tinyres._cuda ({_first_line(error)})") from None
+    try:
+        cupy: Any = importlib.import_module("cupy")
+    except ImportError as error:
+        raise DeviceError(
+            f"[backend] cuda needs CuPy: pip install 'tinyres[cuda13]', or [cuda12] for CUDA 12 ({_first_line(error)})"
+        ) from None
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise DeviceError(f"[backend] cuda needs an NVIDIA GPU and its driver ({_first_line(error)})") from None
+    if not count:
+        raise DeviceError("[backend] cuda needs an NVIDIA GPU and its driver, which has found none")
+    return adapter("cuda", cupy, "_cuda", cupy.empty, lambda: cupy.cuda.get_current_stream().ptr)
+
+
+def _first_line(error):
+    return str(error).strip().partition("\n")[0]
+
+
+def adapter(name, xp, extension, empty, stream):
+    """The adapter of a CUDA device.
+
+    xp         NumPy or CuPy
+    extension  "_emulated" or "_cuda"
+    empty      the allocator, (shape, dtype) -> array; kernels take their scratch memory from it too
+    stream     () -> the address of the stream to launch on, or None for the default one
+    """
+    module = importlib.import_module(f"tinyres.{extension}")
+    kernels = Adapter(name, xp, module, empty)
+    module.connect(lambda size: kernels.empty((size,), np.uint8), stream)
+    return kernels
