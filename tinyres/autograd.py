@@ -130,11 +130,14 @@ class Tensor:
         return np.array(self.numpy(), dtype, copy=copy) if copy else np.asarray(self.numpy(), dtype)
 
     def numpy(self) -> np.ndarray:
-        """The data as a NumPy array: the same memory on a CPU device."""
-        return self._data
+        """The data as a NumPy array: the same memory where it lies on the host, else a copy, waited for."""
+        return self.device.numpy(self._data)
 
     def item(self) -> float:
-        """The value of a tensor of one element, as a Python number. Raises ShapeError for any other."""
+        """The value of a tensor of one element, as a Python number, which waits for a GPU to have computed it.
+
+        Raises ShapeError for any other.
+        """
         expect(self.size == 1, "item", "needs a tensor of one element", x=self.shape)
         return self._data.item()
 
@@ -220,7 +223,7 @@ def tensor(
 ) -> Tensor:
     """A leaf Tensor with a copy-free view of `array` where dtype and device allow it, else a copy.
 
-    array   array, number or nested list: real numbers. Python floats become float32
+    array   array (of any device), number or nested list: real numbers. Python floats become float32
     dtype   float32 or float64 (integers and bools too where no gradient is required); None keeps an array's own
     device  name or Device; None is the default (`tinyres.backend.use`)
     Raises DtypeError for data that are not real numbers or need a gradient and are not floating, ShapeError for
@@ -239,7 +242,7 @@ def tensor(
         array = array.data
     try:
         given = hasattr(array, "dtype")
-        array = np.asarray(array) if not device.owns(array) else array
+        array = _array(device, array)
     except ValueError as error:
         raise ShapeError(f"[{op}] nested lists must have equal lengths ({error})") from None
     if dtype is None:
@@ -261,6 +264,11 @@ def tensor(
     expect(array.ndim <= 16, op, "at most 16 axes", shape=array.shape)
     with np.errstate(over="ignore"):  # a number beyond float32 becomes an infinity, as in any float32 arithmetic
         return Tensor(device.asarray(array, kept), bool(requires_grad), device)
+
+
+def _array(device: Device, data: Any) -> Array:
+    """`data` as an array whose shape and dtype can be checked: of `device` already, or of the host."""
+    return data if device.owns(data) else np.asarray(backend.host(data))
 
 
 class Function:
@@ -466,7 +474,7 @@ def _seed_gradient(op, y, gradient):
         expect(y.size == 1, op, "a gradient must be given for a tensor of more than one element", tensor=y.shape)
         gradient = 1.0
     try:
-        gradient = y.device.asarray(gradient.data if isinstance(gradient, Tensor) else gradient)
+        gradient = _array(y.device, gradient.data if isinstance(gradient, Tensor) else gradient)
     except ValueError as error:
         raise ShapeError(f"[{op}] the gradient must be an array ({error})") from None
     expect(gradient.dtype.kind in "fiu", op, "the gradient must be real numbers", DtypeError, gradient=gradient.dtype)
@@ -477,7 +485,7 @@ def _seed_gradient(op, y, gradient):
         gradient=gradient.shape,
         tensor=y.shape,
     )
-    return y.device.kernels.broadcast_to(gradient.astype(y.dtype), y.shape)
+    return y.device.kernels.broadcast_to(y.device.asarray(gradient, y.dtype), y.shape)
 
 
 def _deliver(arrived, heap, place, gradient, fresh, kernels):
@@ -505,7 +513,7 @@ def _output_gradients(node, slots, wanted):
     dys = []
     for slot, (shape, dtype) in enumerate(node.output_specs):
         if slot in slots:
-            dy, _ = _run_hooks(node.hooks.get(slot), *slots[slot], node.kernels)
+            dy, _ = _run_hooks(node.hooks.get(slot), *slots[slot], node.device)
         else:
             dy = node.kernels.broadcast_to(np.zeros((), dtype), shape)
         if wanted is not None and (id(node), slot) in wanted:
@@ -517,7 +525,7 @@ def _output_gradients(node, slots, wanted):
 def _leaf_gradient(op, leaf, gradient, owned, wanted):
     """The whole gradient of a leaf, what its `grad` holds included, in an array that nothing else holds."""
     kernels = leaf.device.kernels
-    gradient, owned = _run_hooks(leaf._hooks, gradient, owned, kernels)
+    gradient, owned = _run_hooks(leaf._hooks, gradient, owned, leaf.device)
     if wanted is not None or leaf.grad is None:
         return gradient if owned else kernels.broadcast_to(gradient, gradient.shape)
     held = getattr(leaf.grad, "shape", None), getattr(leaf.grad, "dtype", None)
@@ -527,16 +535,18 @@ def _leaf_gradient(op, leaf, gradient, owned, wanted):
     return kernels.add(leaf.grad, gradient)
 
 
-def _run_hooks(hooks, gradient, owned, kernels):
+def _run_hooks(hooks, gradient, owned, device):
     """The gradient after `hooks`, and whether it is still an array of our own."""
     if hooks and not owned:
-        gradient, owned = kernels.broadcast_to(gradient, gradient.shape), True  # hooks may keep it or write into it
+        # hooks may keep it or write into it
+        gradient, owned = device.kernels.broadcast_to(gradient, gradient.shape), True
     for hook in list(hooks.values()) if hooks else ():
         changed = hook(gradient)
         if changed is not None:
             given = getattr(changed, "shape", None), getattr(changed, "dtype", None)
-            rule = "a hook must return None or an array of the gradient's shape and dtype"
-            expect(given == (gradient.shape, gradient.dtype), "hook", rule, GraphError, got=given)
+            fits = given == (gradient.shape, gradient.dtype) and device.owns(changed)
+            rule = "a hook must return None or an array of the gradient's shape and dtype, on its device"
+            expect(fits, "hook", rule, GraphError, got=(*given, type(changed).__name__))
             gradient = changed
         owned = False  # the hook may have kept what it saw
     return gradient, owned

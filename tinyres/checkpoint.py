@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyres import backend
 from tinyres.autograd import Tensor
 from tinyres.errors import CheckpointError, expect
 
@@ -98,7 +99,8 @@ def _split(value, path, arrays):
     if hasattr(value, "state_dict"):
         value = value.state_dict()
     if isinstance(value, Tensor):
-        value = value.numpy()
+        value = value.data
+    value = backend.host(value)
     if isinstance(value, (np.ndarray, np.generic)):
         name = "/".join(key.replace("~", "~0").replace("/", "~1") for key in path)
         expect(name != "__metadata__", "save", "safetensors reserves this name", CheckpointError, name=name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tinyres import backend
 from tinyres.autograd import Tensor
 from tinyres.backend import Array
 from tinyres.errors import ArgumentError, CheckpointError, DtypeError, TinyresError, expect
@@ -74,9 +75,10 @@ class SGD:
                 continue
             given = getattr(p.grad, "shape", None), getattr(p.grad, "dtype", None)
             fits = given == (p.shape, p.dtype) and p.device.owns(p.grad)
-            rule = "a gradient must be an array of its parameter's shape and dtype"
+            rule = "a gradient must be an array of its parameter's shape and dtype, on its device"
             expect(fits, "SGD", rule, parameter=(p.shape, p.dtype), gradient=given)
-            if not (p.data.flags.c_contiguous and p.data.flags.writeable):
+            flags = p.data.flags
+            if not (flags.c_contiguous and getattr(flags, "writeable", True)):  # CuPy's arrays are all writable
                 p.data = p.data.copy()  # assigned from outside: kernels update dense arrays of our own
             if self.momentum:
                 self._velocities[i] = _like(self._velocities[i], p)
@@ -99,8 +101,8 @@ class SGD:
             p.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """lr, momentum, nesterov, weight_decay (one for each parameter), velocity (position -> copy of the array)."""
-        velocity = {str(i): v.copy() for i, v in enumerate(self._velocities) if v is not None}
+        """lr, momentum, nesterov, weight_decay (one for each parameter), velocity (position -> copy, a NumPy array)."""
+        velocity = {str(i): np.array(backend.host(v)) for i, v in enumerate(self._velocities) if v is not None}
         settings = {"lr": self.lr, "momentum": self.momentum, "nesterov": self.nesterov}
         return {**settings, "weight_decay": list(self._decays), "velocity": velocity}
 
@@ -136,10 +138,11 @@ class SGD:
 
 
 def _like(velocity, p):
-    """The velocity of `p`: zeros at first and after its data took another shape; cast where its dtype changed."""
+    """The velocity of `p`: zeros at first and after its data took another shape; it follows it in dtype and device."""
     if velocity is None or velocity.shape != p.shape:
         return p.device.kernels.broadcast_to(p.device.asarray(0, p.dtype), p.shape)
-    return velocity if velocity.dtype == p.dtype else velocity.astype(p.dtype)
+    fits = velocity.dtype == p.dtype and p.device.owns(velocity)
+    return velocity if fits else p.device.asarray(velocity, p.dtype)
 
 
 def _at_least_zero(name: str, value: Any) -> float:

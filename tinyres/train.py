@@ -16,10 +16,11 @@ import numpy as np
 
 from tinyres import _cpu, ops
 from tinyres.autograd import Tensor, no_grad, tensor
-from tinyres.backend import Array, Device, random
+from tinyres.backend import Array, random
 from tinyres.checkpoint import write_atomic
 from tinyres.errors import CheckpointError, NonFiniteError
 from tinyres.nn import Module
+from tinyres.nn.module import home_of
 from tinyres.version import __version__
 
 if TYPE_CHECKING:
@@ -27,30 +28,44 @@ if TYPE_CHECKING:
 
 
 class Running:
-    """Sums over the batches of an epoch, in Python floats: what a checkpoint in mid-epoch has to keep."""
+    """Sums over the batches of an epoch, in double precision: what a checkpoint in mid-epoch has to keep.
+
+    Loss and errors are summed where the logits lie, so that `add` waits for no GPU. To read `loss`, `error` or
+    `state_dict()` is to wait.
+    """
 
     images: int
-    wrong: int
-    loss_sum: float
     seconds: float
+    _wrong: Any  # an int or float, or an array () of the device once a batch of it was added
+    _loss_sum: Any
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
-        self.images, self.wrong, self.loss_sum, self.seconds = 0, 0, 0.0, 0.0
+        self.images, self._wrong, self._loss_sum, self.seconds = 0, 0, 0.0, 0.0
 
-    def add(self, loss: float, logits: Tensor, labels: Array, seconds: float = 0.0) -> float:
-        """Add one batch: its mean loss (float), logits (N, K) and labels (N,), and the seconds that it took.
+    def add(self, loss: Tensor | float, logits: Tensor, labels: Array, seconds: float = 0.0) -> Any:
+        """Add one batch: its mean loss, logits (N, K) and labels (N,), and the seconds that it took.
 
-        Returns the batch's own error in percent. A NaN among an image's logits counts as an error.
+        Returns how many of its images were wrong, as `int()` reads it: on a GPU that waits.
         """
-        wrong = int((logits.data.argmax(axis=1) != labels).sum())
+        wrong = (logits.data.argmax(axis=1) != logits.device.asarray(labels)).sum()
+        mean_loss = loss.data.astype(np.float64) if isinstance(loss, Tensor) else loss
         self.images += len(labels)
-        self.wrong += wrong
-        self.loss_sum += loss * len(labels)
+        self._wrong = self._wrong + wrong
+        self._loss_sum = self._loss_sum + mean_loss * len(labels)
         self.seconds += seconds
-        return 100.0 * wrong / len(labels)
+        return wrong
+
+    @property
+    def wrong(self) -> int:
+        """Images whose largest logit is not their label's."""
+        return int(self._wrong)
+
+    @property
+    def loss_sum(self) -> float:
+        return float(self._loss_sum)
 
     @property
     def loss(self) -> float:
@@ -59,7 +74,7 @@ class Running:
 
     @property
     def error(self) -> float:
-        """Percent of the images whose largest logit is not their label's."""
+        """`wrong` in percent."""
         return 100.0 * self.wrong / max(self.images, 1)
 
     @property
@@ -67,10 +82,11 @@ class Running:
         return self.images / self.seconds if self.seconds else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {"images": self.images, "wrong": self.wrong, "loss_sum": self.loss_sum, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        self.images, self._wrong = state["images"], state["wrong"]
+        self._loss_sum, self.seconds = state["loss_sum"], state["seconds"]
 
 
 def evaluate(model: Module, loader: Loader, step: int = 0) -> tuple[float, float]:
@@ -85,9 +101,9 @@ def evaluate(model: Module, loader: Loader, step: int = 0) -> tuple[float, float
     try:
         with no_grad():
             for x, labels in loader.epoch():
-                logits = model(tensor(x, device=_device(model)))
-                loss = ops.cross_entropy(logits, labels).item()
-                check_finite(loss, model, x, step, "test loss")
+                logits = model(tensor(x, device=home_of(model)))
+                loss = ops.cross_entropy(logits, labels)
+                check_finite(loss.item(), model, x, step, "test loss")
                 running.add(loss, logits, labels)
     finally:
         for module, training in modes:
@@ -104,7 +120,7 @@ def check_finite(loss: float, model: Module, x: Tensor | Array, step: int, name:
     """
     if math.isfinite(loss):
         return
-    x = x if isinstance(x, Tensor) else tensor(x, device=_device(model))
+    x = x if isinstance(x, Tensor) else tensor(x, device=home_of(model))
     if _finite(x):
         culprit = _first_non_finite(model, x)
     else:
@@ -142,13 +158,19 @@ def _first_non_finite(model, x):
     return text
 
 
-def _device(model: Module) -> Device | None:
-    """Where the model's first parameter lies; None, the default, for a model without parameters."""
-    return next((parameter.device for parameter in model.parameters()), None)
-
-
 def _finite(value):
-    return bool(np.isfinite(value.data).all())
+    return bool(np.isfinite(value.numpy()).all())
+
+
+class Stopwatch:
+    """`lap()` gives the seconds since the lap before, the first since the start."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    def lap(self) -> float:
+        before, self._began = self._began, time.perf_counter()
+        return self._began - before
 
 
 class MetricsLog:
@@ -201,9 +223,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """Where a loop of `total` steps stands: a bar in a terminal, a plain line every few seconds elsewhere.
+    """Where a loop of `total` steps stands: a bar in a terminal, a plain line `every` few seconds elsewhere.
 
-    The bar is tqdm's; without tqdm there are plain lines in a terminal too. Use as a context manager.
+    The bar is tqdm's, its figures a second old at most; without tqdm there are plain lines in a terminal too. Use as
+    a context manager.
     """
 
     def __init__(self, total: int, step: int = 0, every: float = 5.0, stream: TextIO | None = None) -> None:
@@ -218,21 +241,27 @@ class Progress:
             except ImportError:
                 return
             layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+            self.every = min(every, 1.0)
             self.bar = tqdm(total=total, initial=step, file=self.stream, dynamic_ncols=True, bar_format=layout)
 
-    def update(self, running: Running) -> None:
-        """One step is done; `running` is the epoch's Running."""
+    def update(self, running: Running | None) -> None:
+        """One step is done. `running` is the epoch's Running; None where to read its figures would be to wait."""
         self.step += 1
-        state = f"loss {running.loss:.3f}  error {running.error:.1f} %  {running.images_per_second:.0f} images/s"
-        if self.bar is not None:
-            self.bar.set_postfix_str(state, refresh=False)
-            self.bar.update()
-            return
         now = time.perf_counter()
-        if now - self.shown >= self.every:
+        if now - self.shown >= self.every or (self.bar is not None and self.step == self.total):
             self.shown = now
-            left = (now - self.began) / (self.step - self.first_step) * (self.total - self.step)
-            self.line(f"step {self.step}/{self.total}  {state}  {duration(left)} left")
+            state = ""
+            if running is not None:
+                state = (
+                    f"loss {running.loss:.3f}  error {running.error:.1f} %  {running.images_per_second:.0f} images/s  "
+                )
+            if self.bar is not None:
+                self.bar.set_postfix_str(state.rstrip(), refresh=False)
+            else:
+                left = (now - self.began) / (self.step - self.first_step) * (self.total - self.step)
+                self.line(f"step {self.step}/{self.total}  {state}{duration(left)} left")
+        if self.bar is not None:
+            self.bar.update()
 
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""

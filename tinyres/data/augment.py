@@ -19,7 +19,7 @@ CHUNK = 500  # images summed at a time by `statistics`: small temporaries, and s
 class Loader:
     """Batches of a data set for training and evaluation.
 
-    images, labels  (L, H, W, C) uint8 and (L,) integers. They are kept, not copied.
+    images, labels  NumPy arrays (L, H, W, C) uint8 and (L,) integers. Kept, not copied; a GPU gets a copy of its own
     batch_size      images in a batch
     seed            of the order and the augmentation: 0 .. 2**64 - 1
     mean, scale     x = (image - mean) * scale on the 0-255 scale; mean (H, W, C), (C,) or a number, scale (C,) or a
@@ -34,7 +34,7 @@ class Loader:
 
     device: Device
     images: Array
-    labels: np.ndarray
+    labels: Array
     batch_size: int
     mean: Array
     scale: Array
@@ -81,7 +81,8 @@ class Loader:
         _, H, W, C = images.shape
         self.device = backend.get(device)
         self.images = self.device.asarray(np.ascontiguousarray(images))
-        self.labels = labels.astype(np.int64, copy=False)
+        self.labels = self.device.asarray(labels, np.int64)
+        self._in_order = self.device.asarray(np.arange(len(images)))
         self.batch_size = int(batch_size)
         self.mean = self._constant("mean", mean, (H, W, C), [(), (C,), (H, W, C)])
         self.scale = self._constant("scale", scale, (C,), [(), (C,)])
@@ -89,7 +90,7 @@ class Loader:
         # The last partial batch counts only where nothing is shuffled.
         self.steps_per_epoch = len(images) // batch_size if shuffle else -(-len(images) // batch_size)
         self._order_stream, self._augment_stream = Stream(seed, "order"), Stream(seed, "augment")
-        self._order_of = None, None  # (epoch, its order): a cache, a step's batch does not depend on it
+        self._order_of = -1, self._in_order  # (epoch, its order): a cache, a step's batch does not depend on it
 
     def _constant(self, name, value, shape, shapes):
         """mean or scale as a dense float32 array of `shape`, on the device."""
@@ -110,6 +111,7 @@ class Loader:
         index = self._order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
         if not self.augment:
             return self._make(index)
+        # Drawn on the host and sent along, a few hundred bytes a batch: only the order is large enough to be kept.
         moves, places = len(index), 2 * PADDING + 1
         top, left, flip = self._augment_stream.uniform(step, 3 * moves).reshape(3, moves)
         top, left = ((np.floor(draw * places) - PADDING).astype(np.int32) for draw in (top, left))
@@ -118,23 +120,23 @@ class Loader:
     def epoch(self) -> Iterator[tuple[Array, Array]]:
         """Every image once, in order and not augmented, as (x, labels) batches; the last one may be smaller."""
         for start in range(0, len(self.images), self.batch_size):
-            yield self._make(np.arange(start, min(start + self.batch_size, len(self.images))))
+            yield self._make(self._in_order[start : start + self.batch_size])
 
     def _order(self, epoch):
+        """The images of an epoch by number, on the device."""
         if not self.shuffle:
-            return np.arange(len(self.images))
+            return self._in_order
         if self._order_of[0] != epoch:
-            self._order_of = epoch, self._order_stream.permutation(epoch, len(self.images))
+            self._order_of = epoch, self.device.asarray(self._order_stream.permutation(epoch, len(self.images)))
         return self._order_of[1]
 
     def _make(self, index, top=None, left=None, flip=None):
         if top is None:
             top = left = np.zeros(len(index), np.int32)
             flip = np.zeros(len(index), np.uint8)
-        asarray = self.device.asarray
-        choices = [asarray(choice) for choice in (index, top, left, flip)]
-        x = self.device.kernels.augment(self.images, *choices, self.mean, self.scale)
-        return x, asarray(self.labels[index])
+        choices = [self.device.asarray(choice) for choice in (top, left, flip)]
+        x = self.device.kernels.augment(self.images, index, *choices, self.mean, self.scale)
+        return x, self.labels[index]
 
 
 def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

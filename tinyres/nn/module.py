@@ -170,7 +170,7 @@ class Module:
             except TypeError:
                 dtype = repr(dtype)
             expect(dtype in FLOATS, "to", "dtype must be float32 or float64", DtypeError, dtype=dtype)
-        home = device or next((parameter.device for parameter in self.parameters()), backend.get())
+        home = device or home_of(self)
         for parameter in self.parameters():
             parameter.device = device or parameter.device
             parameter.zero_grad()
@@ -183,7 +183,7 @@ class Module:
     def state_dict(self) -> dict[str, np.ndarray]:
         """Copies of all parameters and buffers as a flat dict: dotted name -> NumPy array."""
         state = {name: parameter.numpy().copy() for name, parameter in self.named_parameters()}
-        state.update((name, np.array(array)) for name, array in self.named_buffers())
+        state.update((name, np.array(backend.host(array))) for name, array in self.named_buffers())
         return state
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
@@ -213,8 +213,9 @@ class Module:
             # Into an array of our own: what stands in `data` may have been assigned, and be somebody else's.
             loaded = parameter.device.asarray(state[name], parameter.dtype)
             parameter.data = parameter.device.kernels.broadcast_to(loaded, loaded.shape)
+        home = home_of(self)
         for name, array in self.named_buffers():
-            array[...] = state[name]
+            array[...] = home.asarray(state[name], array.dtype)
 
     def extra_repr(self) -> str:
         """What `print` shows between the parentheses of a layer."""
@@ -224,6 +225,11 @@ class Module:
         lines = [f"  ({name}): " + repr(child).replace("\n", "\n  ") for name, child in self.children()]
         head = f"{type(self).__name__}({self.extra_repr()}"
         return head + ("\n" + "\n".join(lines) + "\n)" if lines else ")")
+
+
+def home_of(model: Module) -> Device:
+    """The device of the model's first parameter; the default one for a model without parameters."""
+    return next((parameter.device for parameter in model.parameters()), backend.get())
 
 
 def _is_numeric(array):

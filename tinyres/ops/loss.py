@@ -29,7 +29,8 @@ def cross_entropy(logits: Tensor, labels: Tensor | Array | Sequence[int], label_
     """The mean over N of -sum_k target_k log softmax(logits)_k.
 
     logits  (N, K)
-    labels  (N,) integers in 0 .. K-1, array or Tensor
+    labels  (N,) integers in 0 .. K-1: list, NumPy array, or array or Tensor of the logits' device. On a GPU labels
+            that lie there already are trusted, as to look at them is to wait: one out of range makes the loss NaN
     label_smoothing  e in [0, 1]: the target is 1 - e + e/K at the label and e/K elsewhere
     Returns a scalar. Raises ShapeError, DtypeError, DeviceError or ArgumentError for what does not fit.
     """
@@ -39,20 +40,21 @@ def cross_entropy(logits: Tensor, labels: Tensor | Array | Sequence[int], label_
     array: Any = labels.data if isinstance(labels, Tensor) else labels
     if isinstance(array, (list, tuple)):
         try:
-            array = logits.device.asarray(array)
+            array = np.asarray(array)
         except ValueError as error:
             raise ShapeError(f"[{op}] labels must be one per row of logits ({error})") from None
     expect(
-        logits.device.owns(array),
+        isinstance(array, np.ndarray) or logits.device.owns(array),
         op,
-        "labels must be an array on the device of logits",
+        "labels must be an array of the host or on the device of logits",
         DeviceError,
         labels=type(array).__name__,
     )
     expect(array.dtype.kind in "iu", op, "labels must be integers", DtypeError, labels=array.dtype)
     N, K = logits.shape
     expect(array.shape == (N,), op, "labels must be one per row of logits", logits=logits.shape, labels=array.shape)
-    low, high = int(array.min()), int(array.max())
-    expect(0 <= low and high < K, op, f"labels must be in 0 .. {K - 1}", ArgumentError, smallest=low, largest=high)
+    if isinstance(array, np.ndarray):
+        low, high = int(array.min()), int(array.max())
+        expect(0 <= low and high < K, op, f"labels must be in 0 .. {K - 1}", ArgumentError, smallest=low, largest=high)
     smoothing = checks.fraction(op, "label_smoothing", label_smoothing, one=True)
-    return CrossEntropy.apply(logits, labels=array.astype(np.int64, copy=False), smoothing=smoothing)
+    return CrossEntropy.apply(logits, labels=logits.device.asarray(array, np.int64), smoothing=smoothing)

@@ -147,11 +147,6 @@ def concatenate(tensors: Sequence[Tensor], axis: int = 0) -> Tensor:
 
 
 def _sequence(op, name, value):
-    expect(
-        isinstance(value, (tuple, list, range)),
-        op,
-        f"{name} must be a tuple or list",
-        DtypeError,
-        **{name: repr(value)},
-    )
+    if not isinstance(value, (tuple, list, range)):  # spelt out: a repr made for `expect` would wait for the GPU
+        raise DtypeError(f"[{op}] {name} must be a tuple or list; got {name} {value!r}")
     return value
