@@ -1,10 +1,9 @@
-"""What every benchmark shares: medians, a description of the machine, its measured limits, child processes, JSON.
+"""What every benchmark shares: clocks, medians, a description of the machine, child processes, JSON.
 
 Competitors run in child processes of their own, asked in turn (`Child` here, `serve` there), so that memory allocators
 and thread pools do not disturb each other and a slow minute of the machine hits all of them alike.
 """
 
-import ctypes
 import datetime
 import json
 import os
@@ -13,8 +12,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -52,16 +49,78 @@ def milliseconds(seconds):
     return spread([1e3 * s for s in seconds])
 
 
-def timed(call, repeats, warm_up=1):
-    """Seconds of each of `repeats` calls call(i), after `warm_up` untimed ones."""
+# A clock has mark(), a moment of the device; seconds(mark, mark) between two; and wait(), until all work is done. Those
+# of a GPU also have passed(mark): whether the GPU has got there.
+
+
+class HostClock:
+    def mark(self):
+        return time.perf_counter()
+
+    def seconds(self, begin, end):
+        return end - begin
+
+    def wait(self):
+        pass
+
+
+class CupyClock:
+    def __init__(self):
+        import cupy
+
+        self.cuda = cupy.cuda
+
+    def mark(self):
+        event = self.cuda.Event()
+        event.record()
+        return event
+
+    def seconds(self, begin, end):
+        return 1e-3 * self.cuda.get_elapsed_time(begin, end)
+
+    def wait(self):
+        self.cuda.get_current_stream().synchronize()
+
+    def passed(self, mark):
+        return mark.done
+
+
+class TorchClock:
+    def __init__(self):
+        import torch
+
+        self.cuda = torch.cuda
+
+    def mark(self):
+        event = self.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin, end):
+        return 1e-3 * begin.elapsed_time(end)
+
+    def wait(self):
+        self.cuda.current_stream().synchronize()
+
+    def passed(self, mark):
+        return mark.query()
+
+
+def timed(call, repeats, warm_up=1, clock=None):
+    """Seconds of each of `repeats` calls call(i) one after the other, after `warm_up` untimed ones.
+
+    On a GPU's clock: from the end of one call's work to the end of the next one's.
+    """
+    clock = clock or HostClock()
     for i in range(warm_up):
         call(i)
-    times = []
+    clock.wait()
+    marks = [clock.mark()]
     for i in range(repeats):
-        start = time.perf_counter()
         call(i)
-        times.append(time.perf_counter() - start)
-    return times
+        marks.append(clock.mark())
+    clock.wait()
+    return [clock.seconds(begin, end) for begin, end in zip(marks, marks[1:], strict=False)]
 
 
 def peak_resident_bytes():
@@ -110,8 +169,8 @@ def command():
     return " ".join(["python", *words])
 
 
-def machine(threads, isa=None):
-    """A description of the machine by its kind, not its name."""
+def machine(threads, isa=None, device="cpu"):
+    """A description of the machine by its kind, not its name; with `gpu` in it where the device is one."""
     from importlib.metadata import PackageNotFoundError, version
 
     def installed(package):
@@ -130,90 +189,47 @@ def machine(threads, isa=None):
         "python": platform.python_version(),
         "numpy": installed("numpy"),
         "torch": installed("torch"),
+        **({"gpu": gpu_description()} if device == "cuda" else {}),
     }
 
 
-FMA_SOURCE = """
-#if defined(__AVX512F__)
-#define BYTES 64
-#elif defined(__AVX__)
-#define BYTES 32
-#else
-#define BYTES 16
-#endif
-typedef float vec __attribute__((vector_size(BYTES)));
-/* 12 independent chains: more than latency times ports of any CPU at hand, fewer than its registers. */
-#define EACH(f) f(0) f(1) f(2) f(3) f(4) f(5) f(6) f(7) f(8) f(9) f(10) f(11)
-double operations(long rounds) { return 2.0 * 12 * (BYTES / 4) * rounds; }
-float multiply_add(long rounds, float scale, float shift) {
-  const vec a = scale - (vec){}, b = shift - (vec){};
-#define DECLARE(i) vec s##i = b * (float)i;
-#define STEP(i) s##i = s##i * a + b;
-#define SUM(i) total += s##i;
-  EACH(DECLARE)
-  for (long r = 0; r < rounds; r++) { EACH(STEP) }
-  vec total = {};
-  EACH(SUM)
-  return total[0];
-}
-"""
-ISA_FLAGS = {"baseline": "-march=x86-64", "avx2": "-march=x86-64-v3", "avx512": "-march=x86-64-v4"}
+def require(device):
+    """End the program in one line where tinyres has no such device here."""
+    import tinyres
+    from tinyres.errors import DeviceError
+
+    try:
+        tinyres.backend.get(device)
+    except DeviceError as error:
+        raise SystemExit(f"{pathlib.Path(sys.argv[0]).stem}: {error}") from None
 
 
-def fma_gflops(threads, isa=None):
-    """Measured peak of float32 multiply-adds (2 operations each) in GFLOP/s, by a loop compiled for `isa`."""
-    flags = [ISA_FLAGS.get(isa, "-march=native") if platform.machine() == "x86_64" else "-O3"]
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = f"{folder}/peak.c", f"{folder}/peak.so"
-        pathlib.Path(source).write_text(FMA_SOURCE)
-        compiler = os.environ.get("CC", "cc")
-        flags += ["-O3", "-ffp-contract=fast", "-shared", "-fPIC"]
-        subprocess.run([compiler, *flags, source, "-o", library], check=True)
-        peak = ctypes.CDLL(library)
-    peak.multiply_add.argtypes = [ctypes.c_long, ctypes.c_float, ctypes.c_float]
-    peak.multiply_add.restype = ctypes.c_float
-    peak.operations.argtypes, peak.operations.restype = [ctypes.c_long], ctypes.c_double
-    rounds = 5_000_000
-    seconds = _together(threads, lambda _: peak.multiply_add(rounds, 0.999, 0.001), repeats=7)
-    return threads * peak.operations(rounds) / seconds / 1e9
+def gpu_description():
+    """The current GPU, as CuPy and its driver see it."""
+    import cupy
 
+    runtime = cupy.cuda.runtime
+    properties = runtime.getDeviceProperties(cupy.cuda.Device().id)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        driver = None
 
-def copy_gbs(threads, mebibytes=256):
-    """Measured bandwidth of copying large arrays, bytes read plus bytes written, in GB/s."""
-    import numpy as np
+    def cuda_version(number):
+        return f"{number // 1000}.{number % 1000 // 10}"
 
-    n = (mebibytes << 20) // 4 // threads
-    pairs = [(np.ones(n, np.float32), np.zeros(n, np.float32)) for _ in range(threads)]
-    seconds = _together(threads, lambda i: np.copyto(pairs[i][1], pairs[i][0]), repeats=7)
-    return threads * 2 * 4 * n / seconds / 1e9
-
-
-def _together(threads, work, repeats):
-    """The least seconds that `threads` threads need to do work(i) each, the fastest of `repeats` goes."""
-    best = float("inf")
-    for _ in range(repeats):
-        gate = threading.Barrier(threads + 1)
-
-        def run(i, gate=gate):
-            gate.wait()
-            work(i)
-            gate.wait()
-
-        pool = [threading.Thread(target=run, args=(i,)) for i in range(threads)]
-        for thread in pool:
-            thread.start()
-        gate.wait()
-        start = time.perf_counter()
-        gate.wait()
-        best = min(best, time.perf_counter() - start)
-        for thread in pool:
-            thread.join()
-    return best
-
-
-def limits(threads, isa=None):
-    """What the machine can do, measured now: the scale on which kernels are judged."""
-    return {"fma_gflops": round(fma_gflops(threads, isa), 1), "copy_gbs": round(copy_gbs(threads), 1)}
+    return {
+        "name": properties["name"].decode(),
+        "compute_capability": f"{properties['major']}.{properties['minor']}",
+        "multiprocessors": properties["multiProcessorCount"],
+        "memory_gib": round(properties["totalGlobalMem"] / 2**30),
+        "l2_mib": round(properties["l2CacheSize"] / 2**20),
+        "driver": driver,
+        "cuda_of_driver": cuda_version(runtime.driverGetVersion()),
+        "cuda_of_cupy": cuda_version(cupy.cuda.get_local_runtime_version()),
+        "cupy": cupy.__version__,
+    }
 
 
 # competitors in processes of their own ------------------------------------------------------------------------------
@@ -284,14 +300,15 @@ def torch_environment(isa=None):
 # results ------------------------------------------------------------------------------------------------------------
 
 
-def result(benchmark, threads, isa=None, **fields):
+def result(benchmark, threads, isa=None, device="cpu", **fields):
     """A result with everything needed to judge and repeat it."""
     return {
         "benchmark": benchmark,
         "command": command(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
-        "machine": machine(threads, isa),
+        "device": device,
+        "machine": machine(threads, isa, device),
         **fields,
     }
 

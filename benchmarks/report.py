@@ -1,18 +1,25 @@
-"""Rewrite the results table of the README from the newest result files.
+"""Tables and plots from result files.
 
-    python benchmarks/report.py            # reads benchmarks/results/*.json, rewrites README.md between its markers
-    python benchmarks/report.py --print    # only prints
+    python benchmarks/report.py                        # rewrites the results of README.md from benchmarks/results
+    python benchmarks/report.py --print                # only prints them
+    python benchmarks/report.py FILE ...               # tables of these result files
+    python benchmarks/report.py --headlines FILE ...   # a line for each
+    python benchmarks/report.py --roofline PNG FILE    # a plot of the kernels in FILE (needs matplotlib)
 
-Of each kind of result (benchmark, depth, data, threads, instruction set, CPU) the newest file counts.
+README.md shows training runs and steps: of each kind of result (benchmark, depth, data, threads, machine) the newest.
 """
 
 import argparse
 import json
+import math
+import pathlib
+import statistics
 
 import harness
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NAMES = {"ours": "tinyres", "torch_eager": "PyTorch eager", "torch_compile": "PyTorch compile"}
+IN_README = ("train_run", "train_step")
 
 
 def newest(folder):
@@ -20,11 +27,12 @@ def newest(folder):
     kinds = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
-        if "benchmark" not in result:
+        if result.get("benchmark") not in IN_README:
             continue
         machine = result["machine"]
         kind = [result["benchmark"], result.get("depth", 0), result.get("dataset", ""), result.get("recipe", "")]
-        kind = tuple(map(str, kind + [machine["cpu"], machine["threads"], machine["isa"]]))
+        kind += [machine.get("gpu", {}).get("name", ""), machine["cpu"], machine["threads"], machine["isa"]]
+        kind = tuple(map(str, kind))
         if kind not in kinds or kinds[kind]["date"] <= result["date"]:
             kinds[kind] = result
     return [result for _, result in sorted(kinds.items())]
@@ -33,17 +41,29 @@ def newest(folder):
 def place(result):
     """Where and when a result was made, in a line under its table."""
     machine = result["machine"]
-    isa = f", {machine['isa']}" if machine["isa"] else ""
-    versions = f"NumPy {machine['numpy']}" + (f", PyTorch {machine['torch']}" if machine["torch"] else "")
-    return (
-        f"<sub>{machine['cpu']}, {machine['threads']} threads{isa}; {versions}; "
-        f"commit {result['commit']}, {result['date']}: `{result['command']}`</sub>"
-    )
+    if "cpu" not in machine:  # PyTorch on a GPU alone
+        return f"<sub>{machine['gpu']}; PyTorch {machine['torch']}, CUDA {machine['cuda']}; {result['date']}</sub>"
+    where = f"{machine['cpu']}, {machine['threads']} threads" + (f", {machine['isa']}" if machine["isa"] else "")
+    versions = f"NumPy {machine['numpy']}"
+    if "gpu" in machine:
+        gpu = machine["gpu"]
+        where = f"{gpu['name']}, driver {gpu['driver']}; {where}"
+        versions = f"CuPy {gpu['cupy']} with CUDA {gpu['cuda_of_cupy']}"
+    versions += f", PyTorch {machine['torch']}" if machine["torch"] else ""
+    return f"<sub>{where}; {versions}; commit {result['commit']}, {result['date']}: `{result['command']}`</sub>"
 
 
 def table(head, rows):
     lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] + ["---:"] * (len(head) - 1), *rows]]
     return "\n".join(lines)
+
+
+def milliseconds(ms):
+    digits = 1 if ms["median"] >= 10 else 3
+    return f"{ms['median']:.{digits}f} ({ms['p20']:.{digits}f} to {ms['p80']:.{digits}f})"
+
+
+# tables -------------------------------------------------------------------------------------------------------------
 
 
 def train_step(result):
@@ -52,19 +72,23 @@ def train_step(result):
         if "failed" in row:
             continue
         ratio = result.get(f"ratio_{name.removeprefix('torch_')}")
-        ms = row["ms"]
+        peak = row.get("peak_device_mib", row["peak_resident_mib"])
         rows.append(
             [
                 NAMES[name],
-                f"{ms['median']:.1f} ({ms['p20']:.1f} to {ms['p80']:.1f})",
+                milliseconds(row["ms"]),
                 f"{row['images_per_second']:,}",
                 f"{ratio:.2f}x" if ratio else "1",
-                f"{row['peak_resident_mib']:,} MiB",
+                f"{peak:,} MiB",
             ]
         )
-    title = f"A training step of ResNet-{result['depth']}, batch {result['batch_size']}, float32:"
+    title = f"A training step of ResNet-{result['depth']}, batch {result['batch_size']}, float32{on_gpu(result)}:"
     head = ["", "ms, median (20 to 80 %)", "images/s", "time over ours", "peak memory"]
     return f"{title}\n\n{table(head, rows)}"
+
+
+def on_gpu(result):
+    return ", on the GPU" if result.get("device") == "cuda" else ""
 
 
 def train_run(result):
@@ -81,28 +105,206 @@ def train_run(result):
     return f"{title}\n\n{table(['', 'test error', 'peak memory'], rows)}"
 
 
-RENDER = {"train_run": train_run, "train_step": train_step}
+def kernels(result):
+    rows = []
+    for row in result["rows"]:
+        torch_ms = row["torch_ms"]
+        name = f"{row['kernel']} {row['label']}"
+        rows.append(
+            [
+                name if row.get("device_alone", True) else f"{name} (host)",
+                milliseconds(row["ms"]),
+                f"{row['gbs']:.4g}" if "gbs" in row else "",
+                f"{row['gflops']:.4g}" if "gflops" in row else "",
+                f"{row.get('share', row.get('share_of_peak')):.0%}",
+                f"{torch_ms['median']:.4g}" if torch_ms else "",
+                f"{row['ratio']:.2f}x" if torch_ms else "",
+            ]
+        )
+    limits = result["limits"]
+    title = (
+        f"Kernels, float32{on_gpu(result)}; limits {limits['fma_gflops']:,} GFLOP/s and {limits['copy_gbs']:,} GB/s; "
+        f"{headline_kernels(result)}:"
+    )
+    head = ["", "ms, median (20 to 80 %)", "GB/s", "GFLOP/s", "of the limit", "PyTorch, ms", "over ours"]
+    return f"{title}\n\n{table(head, rows)}"
+
+
+def limits(result):
+    rows = [[name, json.dumps(value).strip("{}").replace('"', "")] for name, value in result["limits"].items()]
+    return f"Limits of the machine{on_gpu(result)}:\n\n{table(['', 'measured'], rows)}"
+
+
+def torch_gpu(result):
+    rows = [
+        [f"ResNet-{row['depth']} {row['precision']} {row['mode']}", f"{row['ms']:.4g}", f"{row['images_per_second']:,}"]
+        for row in result["steps"]
+        if "failed" not in row
+    ]
+    return f"PyTorch's training step, batch {result['batch_size']}:\n\n{table(['', 'ms', 'images/s'], rows)}"
+
+
+# lines --------------------------------------------------------------------------------------------------------------
+
+
+def headline_train_step(result):
+    ours = result["competitors"]["ours"]
+    text = f"ResNet-{result['depth']} step: {ours['ms']['median']:.4g} ms, {ours['images_per_second']:,} images/s"
+    for name in ("eager", "compile"):
+        if f"ratio_{name}" in result:
+            text += f"; PyTorch {name} {result[f'ratio_{name}']:.2f}x that time"
+    return text
+
+
+def headline_train_run(result):
+    each = [f"{NAMES[name]} {row['mean_test_error']:.2f} %" for name, row in result["competitors"].items()]
+    return f"ResNet-{result['depth']} on {result['dataset']}, test error: {', '.join(each)}"
+
+
+def headline_kernels(result):
+    rows = result["rows"]
+    text = f"{len(rows)} cases"
+    for bound in ("arithmetic", "memory"):
+        shares = [row["share"] for row in rows if row.get("bound") == bound]
+        if shares:
+            text += f", {statistics.median(shares):.0%} of the {bound} limit in the median"
+    ratios = [row["ratio"] for row in rows if row["ratio"]]
+    if ratios:
+        mean, faster = statistics.geometric_mean(ratios), sum(ratio > 1 for ratio in ratios)
+        text += f", PyTorch {mean:.2f}x our time in the geometric mean, slower in {faster} of {len(ratios)}"
+    return text
+
+
+def headline_limits(result):
+    found = result["limits"]
+    text = f"{found['fma_gflops']:,} GFLOP/s, copy {found['copy_gbs']:,} GB/s"
+    if "launch_us" in found:
+        launch = found["launch_us"]
+        text += f", L2 {found['l2_gbs']:,} GB/s" if found["l2_gbs"] else ""
+        text += f", a launch {launch['stream']} us in a stream, {launch['graph']} us in a graph"
+    return text
+
+
+def headline_torch_gpu(result):
+    rows = [row for row in result["steps"] if "failed" not in row and row["precision"] == "fp32"]
+    each = [f"ResNet-{row['depth']} {row['mode']} {row['ms']:.4g} ms" for row in rows]
+    return f"PyTorch in float32: {', '.join(each)}"
+
+
+TABLES = {
+    "train_run": train_run,
+    "train_step": train_step,
+    "kernels": kernels,
+    "limits": limits,
+    "torch_gpu": torch_gpu,
+}
+HEADLINES = {
+    "train_run": headline_train_run,
+    "train_step": headline_train_step,
+    "kernels": headline_kernels,
+    "limits": headline_limits,
+    "torch_gpu": headline_torch_gpu,
+}
 
 
 def render(results):
-    parts = [f"{RENDER[r['benchmark']](r)}\n\n{place(r)}" for r in results if r["benchmark"] in RENDER]
+    parts = [f"{TABLES[r['benchmark']](r)}\n\n{place(r)}" for r in results]
     return "\n\n".join(parts) or "No results yet: see benchmarks/."
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--print", action="store_true", help="do not touch the README")
-    args = parser.parse_args()
-    text = render(newest(harness.ROOT / "benchmarks/results"))
-    if args.print:
-        print(text)
-        return
+# roofline -----------------------------------------------------------------------------------------------------------
+
+# A kernel belongs to the first group that its name begins with.
+GROUPS = {
+    "conv2d": "convolution",
+    "matmul": "matrix product",
+    "batch_norm": "batch norm",
+    "max_pool2d": "pooling",
+    "avg_pool2d": "pooling",
+    "global_avg": "pooling",
+    "sum": "reduction",
+    "max_backward": "reduction",
+    "sgd": "training",
+    "augment": "training",
+    "cross_entropy": "training",
+    "": "elementwise",
+}
+
+
+def roofline(result, path):
+    """Write a PNG: the kernels of a result between the lines of the machine's limits, PyTorch's as hollow points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in result["rows"] if row.get("gflops")]
+    if not rows:
+        raise SystemExit("report: no operations are counted in this file; measure it anew by benchmarks/kernels.py")
+    limits = result["limits"]
+    figure, axes = pyplot.subplots(figsize=(9, 6), layout="constrained")
+    points = {}
+    for row in rows:
+        group = next(group for prefix, group in GROUPS.items() if row["kernel"].startswith(prefix))
+        points.setdefault(group, []).append(row)
+    for group, members in points.items():
+        x, y = [row["flops_per_byte"] for row in members], [row["gflops"] for row in members]
+        colour = axes.scatter(x, y, s=18, label=group, zorder=3).get_facecolor()[0]
+        compared = [row for row in members if row["torch_ms"]]
+        x = [row["flops_per_byte"] for row in compared]
+        y = [row["gflops"] * row["ms"]["median"] / row["torch_ms"]["median"] for row in compared]
+        axes.scatter(x, y, s=18, facecolors="none", edgecolors=[colour], linewidths=0.6, zorder=2)
+
+    low = min(row["flops_per_byte"] for row in rows) / 2
+    ridge = limits["fma_gflops"] / limits["copy_gbs"]
+    high = max(2 * ridge, 2 * max(row["flops_per_byte"] for row in rows))
+    edges = [low, ridge, high]
+    axes.plot(edges, [min(limits["fma_gflops"], limits["copy_gbs"] * x) for x in edges], color="black")
+    axes.annotate(f"{limits['fma_gflops']:,} GFLOP/s", (high, limits["fma_gflops"]), ha="right", va="bottom")
+    slope = math.sqrt(low * ridge)
+    text = f"copy {limits['copy_gbs']:,} GB/s  "
+    axes.annotate(text, (slope, limits["copy_gbs"] * slope), ha="right", va="bottom")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="GFLOP/s")
+    machine = result["machine"]
+    name = machine["gpu"]["name"] if "gpu" in machine else f"{machine['cpu']}, {machine['threads']} threads"
+    axes.set_title(f"{name}: kernels in float32 (hollow: PyTorch)", fontsize=10)
+    axes.grid(True, which="major", linewidth=0.3)
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+# the command --------------------------------------------------------------------------------------------------------
+
+
+def rewrite_readme(text):
     readme = harness.ROOT / "README.md"
     before, begin, rest = readme.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise SystemExit(f"report: README.md needs the lines {BEGIN} and {END}")
     readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=pathlib.Path, metavar="FILE")
+    parser.add_argument("--print", action="store_true", help="do not touch the README")
+    parser.add_argument("--headlines", action="store_true")
+    parser.add_argument("--roofline", type=pathlib.Path, metavar="PNG")
+    args = parser.parse_args()
+    results = [json.loads(path.read_text()) for path in args.files]
+    if args.roofline:
+        if [result["benchmark"] for result in results] != ["kernels"]:
+            raise SystemExit("report: --roofline needs one result file of benchmarks/kernels.py")
+        roofline(results[0], args.roofline)
+    elif args.headlines:
+        for path, result in zip(args.files, results, strict=True):
+            print(f"{path.stem:16} {HEADLINES[result['benchmark']](result)}")
+    elif args.files or args.print:
+        print(render(results or newest(harness.ROOT / "benchmarks/results")))
+    else:
+        rewrite_readme(render(newest(harness.ROOT / "benchmarks/results")))
 
 
 if __name__ == "__main__":

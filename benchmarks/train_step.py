@@ -1,10 +1,11 @@
-"""The time of one training step of a CIFAR ResNet, beside PyTorch on the same CPU.
+"""The time of one training step of a CIFAR ResNet, beside PyTorch on the same CPU or GPU.
 
-    python benchmarks/train_step.py --depth 20 --batch-size 128 --against torch --json FILE
+    python benchmarks/train_step.py --depth 20 --batch-size 128 --against torch --json FILE [--device cuda]
 
 A step is what a user's loop does: forward, loss, backward, SGD with momentum and weight decay, through the public
 Python API, with the fused model. PyTorch runs eager and compiled, both channels_last, with its fused optimizer, as
-many threads, bound to the same cores, and a C allocator told to keep its blocks.
+many threads, bound to the same cores, and a C allocator told to keep its blocks. On a GPU the batches lie there
+already, float32 is float32 on both sides (no TF32), and the time is that from step to step, by the GPU's events.
 
 Each competitor is a process of its own; they are asked in turn, in rotating order, for a few steps a round, on
 batches that rotate. All start from the same weights, so the first losses must agree, and the first loss must come
@@ -16,11 +17,11 @@ import math
 import pathlib
 import statistics
 import tempfile
-import time
 
 import numpy as np
 
 import harness
+import limits
 
 BATCHES = 8  # rotated: their activations pass through the cache in between
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
@@ -31,13 +32,16 @@ TOLERANCE = 1e-3  # relative, between the float32 losses of two engines over the
 
 
 class Ours:
-    def __init__(self, depth, inputs, threads):
+    def __init__(self, depth, inputs, threads, device):
         import tinyres
         from tinyres import ops
 
         tinyres.options(threads=threads)
+        tinyres.backend.use(device)
+        self.device = tinyres.backend.get()
+        self.clock = harness.CupyClock() if device == "cuda" else harness.HostClock()
         model = tinyres.fuse(tinyres.models.cifar_resnet(depth))
-        images, labels = inputs["images"], inputs["labels"]
+        images, labels = self.device.asarray(inputs["images"]), self.device.asarray(inputs["labels"])
         state = {name.removeprefix("state/"): inputs[name] for name in inputs if name.startswith("state/")}
         optimizer = tinyres.optim.SGD(model.parameters(), LR, MOMENTUM, WEIGHT_DECAY)
 
@@ -56,7 +60,10 @@ class Ours:
     def describe(self):
         from tinyres import _cpu
 
-        return {"isa": _cpu.isa(), "threads": _cpu.threads()}
+        return {"isa": None if self.device.name == "cuda" else _cpu.isa(), "threads": _cpu.threads()}
+
+    def peak_device_bytes(self):
+        return self.device.xp.get_default_memory_pool().total_bytes()
 
     def system_allocations(self):
         """Blocks that the engine's allocator has asked of the system so far."""
@@ -66,17 +73,20 @@ class Ours:
 
     def profile(self, steps):
         """ms and calls per step of every kernel, by wrapping the kernel table, and ms of the whole step."""
-        from tinyres import backend
+        from tinyres.backend import spec
 
-        kernels = backend.get().kernels
-        spent, calls, plain = {}, {}, dict(vars(kernels))
+        kernels, clock = self.device.kernels, self.clock
+        plain = {name: getattr(kernels, name) for name in (*spec.MANDATORY, *spec.FUSED)}
+        marks, depth = {name: [] for name in plain}, 0
 
         def wrap(name, kernel):
             def measured(*args, **kwargs):
-                start = time.perf_counter()
+                nonlocal depth
+                begin, depth = clock.mark(), depth + 1
                 result = kernel(*args, **kwargs)
-                spent[name] = spent.get(name, 0.0) + time.perf_counter() - start
-                calls[name] = calls.get(name, 0) + 1
+                depth -= 1
+                if depth == 0:  # a kernel that calls another one counts as a whole
+                    marks[name].append((begin, clock.mark()))
                 return result
 
             return measured
@@ -84,24 +94,32 @@ class Ours:
         self.step(0)
         for name, kernel in plain.items():
             setattr(kernels, name, wrap(name, kernel))
-        whole = sum(harness.timed(self.step, steps, warm_up=0))
+        whole = sum(harness.timed(self.step, steps, warm_up=0, clock=clock))
         for name, kernel in plain.items():
             setattr(kernels, name, kernel)
-        table = {name: {"ms": 1e3 * spent[name] / steps, "calls": calls[name] / steps} for name in spent}
+        table = {
+            name: {"ms": 1e3 * sum(clock.seconds(*pair) for pair in pairs) / steps, "calls": len(pairs) / steps}
+            for name, pairs in marks.items()
+            if pairs
+        }
         return {"step_ms": 1e3 * whole / steps, "kernels": table}
 
 
 class Torch:
-    def __init__(self, depth, inputs, threads, compiled=False):
+    def __init__(self, depth, inputs, threads, device, compiled=False):
         import torch
         from torch.nn import functional as F
 
         from peers.torch_resnet import CifarResNet, load_tinyres
 
         torch.set_num_threads(threads)
-        model = CifarResNet(depth).to(memory_format=torch.channels_last)
-        images = [torch.from_numpy(x).permute(0, 3, 1, 2) for x in inputs["images"]]  # NHWC in memory: channels_last
-        labels = [torch.from_numpy(t) for t in inputs["labels"]]
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
+        device = "cuda" if device == "cuda" else "cpu"
+        self.device, self.clock = device, harness.TorchClock() if device == "cuda" else harness.HostClock()
+        model = CifarResNet(depth).to(device, memory_format=torch.channels_last)
+        images = [torch.from_numpy(x).to(device).permute(0, 3, 1, 2) for x in inputs["images"]]  # channels_last
+        labels = [torch.from_numpy(t).to(device) for t in inputs["labels"]]
         state = {name.removeprefix("state/"): inputs[name] for name in inputs if name.startswith("state/")}
         optimizer = torch.optim.SGD(model.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, fused=True)
 
@@ -125,16 +143,22 @@ class Torch:
     def describe(self):
         import torch
 
-        return {"isa": torch.backends.cpu.get_cpu_capability().lower(), "threads": torch.get_num_threads()}
+        isa = None if self.device == "cuda" else torch.backends.cpu.get_cpu_capability().lower()
+        return {"isa": isa, "threads": torch.get_num_threads()}
+
+    def peak_device_bytes(self):
+        import torch
+
+        return torch.cuda.max_memory_reserved()
 
     def system_allocations(self):
         return None  # PyTorch takes from the C allocator and does not count
 
 
-def competitor(name, depth, inputs, threads):
+def competitor(name, depth, inputs, threads, device):
     if name == "ours":
-        return Ours(depth, inputs, threads)
-    return Torch(depth, inputs, threads, compiled=name == "torch_compile")
+        return Ours(depth, inputs, threads, device)
+    return Torch(depth, inputs, threads, device, compiled=name == "torch_compile")
 
 
 class Server:
@@ -146,11 +170,11 @@ class Server:
     def __call__(self, request):
         return getattr(self, request.pop("do"))(**request)
 
-    def start(self, name, depth, inputs, threads):
+    def start(self, name, depth, inputs, threads, device):
         harness.bind(threads)
         with np.load(inputs) as file:
             inputs = dict(file)
-        self.engine = competitor(name, depth, inputs, threads)
+        self.engine, self.device = competitor(name, depth, inputs, threads, device), device
         losses = [self.engine.value(self.engine.step(i)) for i in range(3)]
         return {"losses": losses, **self.engine.describe()}
 
@@ -158,7 +182,7 @@ class Server:
         """Seconds of `count` steps after an untimed one."""
         before = self.engine.system_allocations()
         first, self.steps_done = self.steps_done, self.steps_done + count
-        times = harness.timed(lambda i: self.engine.step(first + i), count)
+        times = harness.timed(lambda i: self.engine.step(first + i), count, clock=self.engine.clock)
         after = self.engine.system_allocations()
         return {"times": times, "allocations": None if before is None else after - before}
 
@@ -166,10 +190,13 @@ class Server:
         return self.engine.profile(count)
 
     def finish(self):
-        peak = harness.peak_resident_bytes()
+        peak = {"peak_resident_mib": harness.peak_resident_bytes()}
+        if self.device == "cuda":
+            peak["peak_device_mib"] = self.engine.peak_device_bytes()
         last = self.engine.value(self.engine.step(self.steps_done))
         self.engine.reset()
-        return {"peak_resident_bytes": peak, "last": last, "again": self.engine.value(self.engine.step(0))}
+        peak = {name: round(size / 2**20) for name, size in peak.items()}
+        return {"peak": peak, "last": last, "again": self.engine.value(self.engine.step(0))}
 
 
 # the measurement ----------------------------------------------------------------------------------------------------
@@ -211,7 +238,7 @@ def measure(args, folder):
         children[name] = harness.Child([__file__, "--serve"], environment)
         try:
             started[name] = children[name].ask(
-                do="start", name=name, depth=args.depth, inputs=inputs, threads=args.threads
+                do="start", name=name, depth=args.depth, inputs=inputs, threads=args.threads, device=args.device
             )
         except harness.ChildError as error:
             check(name == "torch_compile", f"{name} failed: {error}")
@@ -240,7 +267,7 @@ def measure(args, folder):
         competitors[name] = {
             "ms": harness.milliseconds(rounds[name]),
             "images_per_second": round(args.batch_size / statistics.median(rounds[name])),
-            "peak_resident_mib": round(end["peak_resident_bytes"] / 2**20),
+            **end["peak"],
             "first_loss": started[name]["losses"][0],
             "isa": started[name]["isa"],
         }
@@ -271,13 +298,16 @@ def print_profile(profile):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--device", choices=["cpu", "emulated", "cuda"], default="cpu", help="emulated: tiny sizes only"
+    )
     parser.add_argument("--depth", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--against", choices=["torch", "none"], default="torch")
     parser.add_argument("--threads", type=int, default=None, help="default: every CPU of this process")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=5, help="timed steps a round")
-    parser.add_argument("--isa", choices=list(harness.ISA_FLAGS), help="hold every competitor to this instruction set")
+    parser.add_argument("--isa", choices=list(limits.ISA_FLAGS), help="hold every competitor to this instruction set")
     parser.add_argument("--profile", action="store_true", help="split our step by kernel")
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -285,6 +315,7 @@ def main():
     if args.serve:
         harness.serve(Server())
         return
+    harness.require(args.device)
     args.threads = len(harness.bind(args.threads or 1 << 16))
 
     with tempfile.TemporaryDirectory() as folder:
@@ -293,11 +324,12 @@ def main():
         if "failed" in row:
             print(f"{name:14} failed: {row['failed']}")
             continue
+        peak = row.get("peak_device_mib", row["peak_resident_mib"])
         ms, ratio = row["ms"], ratios.get(f"ratio_{name.removeprefix('torch_')}")
         beside = f"   {ratio['median']:.2f} times our time" if ratio else ""
         print(
             f"{name:14} {ms['median']:8.2f} ms ({ms['p20']:.2f} to {ms['p80']:.2f})   "
-            f"{row['images_per_second']:6} images/s   {row['peak_resident_mib']:5} MiB{beside}"
+            f"{row['images_per_second']:6} images/s   {peak:5} MiB{beside}"
         )
     if profile:
         print_profile(profile)
@@ -306,8 +338,8 @@ def main():
         fields.update({name: ratio["median"] for name, ratio in ratios.items()})
         spreads = {f"{name}_spread": ratio for name, ratio in ratios.items()}
         isa = competitors["ours"]["isa"]
-        limits = harness.limits(args.threads, isa)
-        report = harness.result("train_step", args.threads, isa, **fields, **spreads, limits=limits)
+        measured = limits.measure(args.device, args.threads, isa)
+        report = harness.result("train_step", args.threads, isa, args.device, **fields, **spreads, limits=measured)
         harness.write_json(args.json, {**report, "competitors": competitors, "profile": profile})
 
 
