@@ -7,6 +7,7 @@ UndefinedBehaviorSanitizer, and for ThreadSanitizer."""
 import os
 import platform
 import re
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -188,3 +189,25 @@ if SANITIZE:
             report = run("planted_bugs", build, "bug", bug, "forward").stderr
             kernel = "swap_neighbours" if bug == "syncwarp" else "pipeline"
             assert re.search(rf"{kernel}.* \S*planted_bugs\.cu:\d+", report), report
+
+
+def gdb_works():
+    """Not every container lets a debugger trace."""
+    if not shutil.which("gdb"):
+        return False
+    done = subprocess.run(["gdb", "-q", "-batch", "-ex", "run", "true"], capture_output=True, text=True, timeout=60)
+    return "exited normally" in done.stdout
+
+
+if gdb_works():
+
+    def test_the_debugger_session_of_the_readme(tmp_path):
+        """The commands that csrc/README.md shows stop in the thread that they name."""
+        lines = [line.strip() for line in (ROOT / "csrc/README.md").read_text().splitlines()]
+        build = next(line for line in lines if line.startswith("g++") and " -g " in line).split()
+        subprocess.run([*build[:-1], tmp_path / build[-1]], cwd=ROOT, check=True)
+        commands = [line.removeprefix("(gdb) ") for line in lines if line.startswith("(gdb) ")]
+        arguments = [word for command in commands for word in ("-ex", command)]
+        session = ["gdb", "-q", "-batch", *arguments, tmp_path / build[-1]]
+        done = subprocess.run(session, capture_output=True, text=True, timeout=120)
+        assert "naive_forward<float>" in done.stdout and "{x = 3, y = 0, z = 0}" in done.stdout, done.stdout
