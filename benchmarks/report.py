@@ -144,6 +144,20 @@ def torch_gpu(result):
     return f"PyTorch's training step, batch {result['batch_size']}:\n\n{table(['', 'ms', 'images/s'], rows)}"
 
 
+def winograd_error(result):
+    sides = [name for name in ("winograd", "direct", "torch") if name in result["rows"][0]]
+    names = {"winograd": "Winograd", "direct": "direct", "torch": "PyTorch"}
+    rows = [
+        [f"{row['channels']} channels, {row['size']}x{row['size']}"]
+        + [f"{row[side][what]:.1e}" for what in ("y", "dx", "dw") for side in sides]
+        for row in result["rows"]
+    ]
+    head = ["", *(f"{what}, {names[side]}" for what in ("y", "dx", "dw") for side in sides)]
+    title = f"Errors of 3x3 layers in float32, relative to float64, batch {result['rows'][0]['batch']}:"
+    points = [[name, f"{value:.1e}"] for name, value in result["points"].items()]
+    return f"{title}\n\n{table(head, rows)}\n\n{table(['points', 'error of y'], points)}"
+
+
 # lines --------------------------------------------------------------------------------------------------------------
 
 
@@ -191,12 +205,18 @@ def headline_torch_gpu(result):
     return f"PyTorch in float32: {', '.join(each)}"
 
 
+def headline_winograd_error(result):
+    worst = max(row["winograd"][what] / row["direct"][what] for row in result["rows"] for what in ("y", "dx", "dw"))
+    return f"Winograd's errors are at most {worst:.1f} times those of direct convolution"
+
+
 TABLES = {
     "train_run": train_run,
     "train_step": train_step,
     "kernels": kernels,
     "limits": limits,
     "torch_gpu": torch_gpu,
+    "winograd_error": winograd_error,
 }
 HEADLINES = {
     "train_run": headline_train_run,
@@ -204,6 +224,7 @@ HEADLINES = {
     "kernels": headline_kernels,
     "limits": headline_limits,
     "torch_gpu": headline_torch_gpu,
+    "winograd_error": headline_winograd_error,
 }
 
 

@@ -86,6 +86,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("memory_release", &memory_release, "Gives waiting blocks back to the system");
 
   define_kernels(module);
-  module.attr("conv_algorithms") = py::make_tuple("auto", "naive", "direct");
+  module.attr("conv_algorithms") = py::make_tuple("auto", "naive", "direct", "winograd");
   module.def("philox", &philox_bits);
 }

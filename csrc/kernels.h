@@ -47,8 +47,8 @@ struct RandomKey {
 };
 
 enum class Binary { add, sub, mul, div, pow, maximum };
-enum class Unary { neg, exp, log, sqrt, sigmoid, tanh, relu };  // backward from dy and y (see unary_backward)
-enum class ConvAlgorithm { automatic, naive, direct, tiled };   // direct is the CPU's, tiled CUDA's
+enum class Unary { neg, exp, log, sqrt, sigmoid, tanh, relu };           // backward from dy and y (see unary_backward)
+enum class ConvAlgorithm { automatic, naive, direct, tiled, winograd };  // direct and winograd: CPU, tiled: CUDA
 
 // What sums run in, and what is kept of statistics, parameters and weight gradients, where elements are T.
 template <class T>

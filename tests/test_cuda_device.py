@@ -399,12 +399,14 @@ def test_the_example_trains_without_waiting(gpu, example, tmp_path):
     assert example("cuda", "--iterations", "12", "--lr", "0.01") == 0
     steps = np.diff(CountingLoader.waited)
     assert not steps[:5].any() and steps[5] > 1 and not steps[6:11].any()
-    assert example("cpu", "--iterations", "12", "--lr", "0.01") == 0
+    same = isinstance(gpu.kernels.extension, OnFakes)  # the very same kernels; else one whose rounding is as small
+    with tinyres.options(conv="auto" if same else "direct"):
+        assert example("cpu", "--iterations", "12", "--lr", "0.01") == 0
     lines = {}
     for device in ("cpu", "cuda"):
         text = (tmp_path / device / "metrics.jsonl").read_text().splitlines()
         lines[device] = [(line["train_loss"], line["test_loss"]) for line in map(json.loads, text)]
-    if isinstance(gpu.kernels.extension, OnFakes):  # the very same kernels: the same bits
+    if same:
         assert lines["cuda"] == lines["cpu"]
     np.testing.assert_allclose(lines["cuda"], lines["cpu"], rtol=1e-3)
 

@@ -1,5 +1,5 @@
-"""The op tests on the instruction sets that this machine has and did not choose: their kernels are objects of their
-own, with other vector widths and tiles."""
+"""The tests of ops and of Winograd on the instruction sets that this machine has and did not choose: their kernels are
+objects of their own, with other vector widths and tiles."""
 
 import os
 import subprocess
@@ -18,6 +18,7 @@ if OTHERS and "TINYRES_CPU_ISA" not in os.environ:
     @pytest.mark.parametrize("isa", OTHERS)
     def test_ops(isa):
         environment = {**os.environ, "TINYRES_CPU_ISA": isa, "TINYRES_HYPOTHESIS": "sanitize"}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).parent / "ops")]
+        tests = [str(Path(__file__).parent / name) for name in ("ops", "test_winograd.py")]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout[-3000:]

@@ -14,13 +14,15 @@ from typing import Any
 from tinyres import _cpu
 from tinyres.errors import ArgumentError, expect
 
-CONV = ("auto", "naive", "direct", "tiled")
+CONV = ("auto", "naive", "direct", "tiled", "winograd")
 
 
 @dataclass(frozen=True)
 class Options:
-    """conv     how convolutions are computed: naive (the readable loops), direct (blocked and vectorised; cpu), tiled
-             (a matrix product through shared memory; emulated, cuda), or auto: the fastest that the device has
+    """conv     how convolutions are computed: naive (the readable loops), direct (blocked and vectorised; cpu),
+             winograd (a quarter of the products for 3x3 windows at stride 1 in float32, docs/winograd.md; direct for
+             all others, and always in float64, so that gradient checks stay sharp; cpu), tiled (a matrix product
+             through shared memory; emulated, cuda), or auto: the fastest that the device has for the shape and dtype
     threads  CPU threads; None is OMP_NUM_THREADS where set, else every CPU that this process may use
     """
 

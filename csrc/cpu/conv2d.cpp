@@ -12,6 +12,7 @@
 //
 //   N batch, H W input size, C channels, K filters, R S window, P Q output size.
 #include "vec.h"
+#include "winograd.h"
 
 namespace tinyres::TINYRES_TARGET {
 namespace {
@@ -527,8 +528,14 @@ void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
 
 // The table's entries -----------------------------------------------------------------------------------------------
 
+// Winograd's algorithm is never run in double: gradient checks and references get direct sums.
+template <class T>
+constexpr bool FLOAT = sizeof(T) == sizeof(float);
+
 template <class T>
 void conv2d_forward(T* y, const T* x, const T* w, const Window& s, ConvAlgorithm algorithm) {
+  if constexpr (FLOAT<T>)
+    if (use_winograd(s, algorithm)) return winograd_forward(y, x, w, s);
   if (algorithm == ConvAlgorithm::naive)
     naive_forward(y, x, w, s);
   else
@@ -537,6 +544,8 @@ void conv2d_forward(T* y, const T* x, const T* w, const Window& s, ConvAlgorithm
 
 template <class T>
 void conv2d_backward_input(T* dx, const T* dy, const T* w, const Window& s, ConvAlgorithm algorithm) {
+  if constexpr (FLOAT<T>)
+    if (use_winograd(s, algorithm)) return winograd_backward_input(dx, dy, w, s);
   if (algorithm == ConvAlgorithm::naive)
     naive_backward_input(dx, dy, w, s);
   else
@@ -545,6 +554,8 @@ void conv2d_backward_input(T* dx, const T* dy, const T* w, const Window& s, Conv
 
 template <class T>
 void conv2d_backward_weight(T* dw, const T* dy, const T* x, const Window& s, ConvAlgorithm algorithm) {
+  if constexpr (FLOAT<T>)
+    if (use_winograd(s, algorithm)) return winograd_backward_weight(dw, dy, x, s);
   if (algorithm == ConvAlgorithm::naive)
     naive_backward_weight(dw, dy, x, s);
   else if (s.stride_w == 1 && s.S == 3)

@@ -1,0 +1,515 @@
+// Winograd's algorithm F(4x4, 3x3) for convolutions of 3x3 windows at stride 1, in float. docs/winograd.md derives it.
+//
+// A tile of 4x4 outputs needs 6x6 inputs. Both, and the 3x3 window, are taken for polynomials and evaluated at six
+// points along each axis, where convolution is a product: 36 multiplications instead of 144. With the matrices below
+//
+//   y = A^T [(G w G^T) * (B^T x B)] A        * is element by element; summed over channels before the outer A
+//   dw = G^T [(B^T x B) * (A dy A^T)] G      the adjoint; summed over tiles before the outer G
+//
+// and dx is y's formula on dy with the window turned by half a circle. So there are three kinds of work:
+//   1. transforms, for 16 channels of a tile at a time: vectors run over channels, loads and stores are whole vectors;
+//   2. for each of the 36 points a product of matrices, tiles x channels by channels x filters;
+//   3. the transform back.
+// Most of the time should go to 2, and does if 1 and 3 find their data in the cache. Hence two drivers, chosen by
+// shape:
+//   - fused, where the transformed weights fit in the L2 cache: a task takes a group of tiles through all three;
+//   - in phases, otherwise: each step runs over many tiles at once, and 2 reads each weight once.
+//
+//   N batch, H W input size, C channels, K filters, P Q output size.
+#include "winograd.h"
+
+#include "vec.h"
+
+namespace tinyres::TINYRES_TARGET {
+namespace {
+
+using V = Vec<float>;
+constexpr int LANE = LANES<float>;
+
+constexpr int OUT = 4, IN = 6, POINTS = IN * IN;
+
+// Channels of a block: a cache line, and a multiple of every vector length.
+constexpr int BLOCK = 16;
+
+// Sums in registers: the two FMA ports need 8 to 10 in flight. Two vectors of filters share each broadcast.
+#if TINYRES_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int SUMS = 16;
+#else
+constexpr int SUMS = 8;
+#endif
+constexpr i64 WIDTH = 2 * LANE;
+
+// Transformed weights of up to FUSED_WEIGHTS leave room in an L2 cache of 1 or 2 MiB for a group of tiles, GROUP_BYTES;
+// the weight gradient keeps its sums there in place of the weights. PHASE_BYTES bounds the scratch of the other driver.
+constexpr i64 FUSED_WEIGHTS = 1 << 20, GROUP_BYTES = 320 << 10, PHASE_BYTES = 32 << 20;
+
+// Work is cut into TASKS at least where there are tiles for it, so that no machine of usual size idles at batch 1.
+constexpr i64 TASKS = 16;
+
+inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
+inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
+inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+inline i64 padded(i64 channels) { return ceil_div(channels, BLOCK) * BLOCK; }
+
+// The transforms ----------------------------------------------------------------------------------------------------
+
+// The points are 0, +-a, +-b and infinity. a = 3/4, b = 3/2 make half of the error of the textbook's 1 and 2, and all
+// constants of A and B are exact in float.
+constexpr float a = 0.75f, b = 1.5f, a2 = a * a, b2 = b * b;
+
+// B^T x
+inline void input_transform(V (&t)[IN], const V (&x)[IN]) {
+  const V even_a = x[4] - b2 * x[2], odd_a = x[3] - b2 * x[1];
+  const V even_b = x[4] - a2 * x[2], odd_b = x[3] - a2 * x[1];
+  t[0] = a2 * b2 * x[0] - (a2 + b2) * x[2] + x[4];
+  t[1] = even_a + a * odd_a;
+  t[2] = even_a - a * odd_a;
+  t[3] = even_b + b * odd_b;
+  t[4] = even_b - b * odd_b;
+  t[5] = a2 * b2 * x[1] - (a2 + b2) * x[3] + x[5];
+}
+
+// A^T m
+inline void output_transform(V (&y)[OUT], const V (&m)[IN]) {
+  const V sum_a = m[1] + m[2], difference_a = m[1] - m[2];
+  const V sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+  y[0] = m[0] + sum_a + sum_b;
+  y[1] = a * difference_a + b * difference_b;
+  y[2] = a2 * sum_a + b2 * sum_b;
+  y[3] = a2 * a * difference_a + b2 * b * difference_b + m[5];
+}
+
+// A dy
+inline void output_adjoint(V (&t)[IN], const V (&dy)[OUT]) {
+  const V even_a = dy[0] + a2 * dy[2], odd_a = dy[1] + a2 * dy[3];
+  const V even_b = dy[0] + b2 * dy[2], odd_b = dy[1] + b2 * dy[3];
+  t[0] = dy[0];
+  t[1] = even_a + a * odd_a;
+  t[2] = even_a - a * odd_a;
+  t[3] = even_b + b * odd_b;
+  t[4] = even_b - b * odd_b;
+  t[5] = dy[3];
+}
+
+// The rows of G are (1, p, p^2) over the product of p's distances from the other finite points.
+constexpr float at_0 = 1 / (a2 * b2), at_a = 1 / (2 * a2 * (a2 - b2)), at_b = 1 / (2 * b2 * (b2 - a2));
+
+// G w
+inline void weight_transform(V (&u)[IN], const V (&w)[3]) {
+  const V even_a = at_a * (w[0] + a2 * w[2]), even_b = at_b * (w[0] + b2 * w[2]);
+  const V odd_a = at_a * a * w[1], odd_b = at_b * b * w[1];
+  u[0] = at_0 * w[0];
+  u[1] = even_a + odd_a;
+  u[2] = even_a - odd_a;
+  u[3] = even_b + odd_b;
+  u[4] = even_b - odd_b;
+  u[5] = w[2];
+}
+
+// G^T du
+inline void weight_adjoint(V (&dw)[3], const V (&du)[IN]) {
+  const V sum_a = at_a * (du[1] + du[2]), difference_a = at_a * a * (du[1] - du[2]);
+  const V sum_b = at_b * (du[3] + du[4]), difference_b = at_b * b * (du[3] - du[4]);
+  dw[0] = at_0 * du[0] + sum_a + sum_b;
+  dw[1] = difference_a + difference_b;
+  dw[2] = a2 * sum_a + b2 * sum_b + du[5];
+}
+
+// A transform along both axes of one vector of channels, columns first, then rows. Strides count elements. Only the
+// inner loops are unrolled: a body of 36 addresses and hundreds of instructions would spill more than it saves.
+template <auto TRANSFORM, int TO, int FROM>
+inline void both_axes(float* to, i64 to_row, i64 to_column, const float* from, i64 from_row, i64 from_column) {
+  V half[TO][FROM];
+#pragma GCC unroll 1
+  for (int j = 0; j < FROM; j++, from += from_column) {
+    V column[FROM], result[TO];
+#pragma GCC unroll 6
+    for (int i = 0; i < FROM; i++) column[i] = load(from + i * from_row);
+    TRANSFORM(result, column);
+#pragma GCC unroll 6
+    for (int i = 0; i < TO; i++) half[i][j] = result[i];
+  }
+#pragma GCC unroll 1
+  for (int i = 0; i < TO; i++, to += to_row) {
+    V result[TO];
+    TRANSFORM(result, half[i]);
+#pragma GCC unroll 6
+    for (int j = 0; j < TO; j++) store(to + j * to_column, result[j]);
+  }
+}
+
+// Tiles and where they lie -------------------------------------------------------------------------------------------
+
+// Values at the 36 points: (point, channel block, tile, BLOCK). One more block between points keeps them off
+// powers of two, at which the 36 lines of a transform would compete for the same places of the cache.
+struct Points {
+  float* data;
+  i64 tiles, channels;
+  i64 block() const { return tiles * BLOCK; }
+  i64 point() const { return ceil_div(channels, BLOCK) * block() + BLOCK; }
+  i64 size() const { return POINTS * point(); }
+  float* at(i64 channel, i64 tile) const { return data + channel / BLOCK * block() + tile * BLOCK + channel % BLOCK; }
+};
+
+// Images (N, H, W, C) cut into tiles of SIZE x SIZE pixels whose corners are 4 apart, the first at (-pad_h, -pad_w).
+struct Images {
+  const float* x;
+  i64 H, W, C, pad_h, pad_w;
+};
+
+// Tiles are numbered through all images: image, row of tiles, column.
+struct Grid {
+  i64 N, rows, columns;
+  Grid(i64 N, i64 P, i64 Q) : N(N), rows(ceil_div(P, OUT)), columns(ceil_div(Q, OUT)) {}
+  i64 tiles() const { return N * rows * columns; }
+};
+
+// Transforms tile number `tile` of the images into place `to_tile` of `to`. A tile that stands out of the image, or has
+// an incomplete block of channels, is first copied with zeros around it.
+template <auto TRANSFORM, int SIZE>
+void transform_tile(const Points& to, i64 to_tile, const Images& images, const Grid& grid, i64 tile) {
+  const Images& s = images;
+  const i64 n = tile / (grid.rows * grid.columns);
+  const i64 h = tile / grid.columns % grid.rows * OUT - s.pad_h, w = tile % grid.columns * OUT - s.pad_w;
+  const bool inside = h >= 0 && w >= 0 && h + SIZE <= s.H && w + SIZE <= s.W;
+  const float* corner = s.x + ((n * s.H + h) * s.W + w) * s.C;
+  const i64 point = to.point();
+  for (i64 c = 0; c < s.C; c += BLOCK) {
+    alignas(64) float copy[SIZE][SIZE][BLOCK];
+    const float* from = corner + c;
+    i64 row = s.W * s.C, column = s.C;
+    if (!inside || s.C - c < BLOCK) {
+      const i64 channels = least(BLOCK, s.C - c);
+      for (i64 i = 0; i < SIZE; i++) {
+        for (i64 j = 0; j < SIZE; j++) {
+          const bool valid = h + i >= 0 && h + i < s.H && w + j >= 0 && w + j < s.W;
+          const float* pixel = from + i * row + j * column;
+          if (valid && channels == BLOCK) {
+            for (int k = 0; k < BLOCK; k += LANE) store(&copy[i][j][k], load(pixel + k));
+          } else {
+            for (int k = 0; k < BLOCK; k += LANE) store(&copy[i][j][k], V{});
+            for (i64 k = 0; valid && k < channels; k++) copy[i][j][k] = pixel[k];
+          }
+        }
+      }
+      from = copy[0][0], row = SIZE * BLOCK, column = BLOCK;
+    }
+    for (int k = 0; k < BLOCK; k += LANE) {
+      both_axes<TRANSFORM, IN, SIZE>(to.at(c + k, to_tile), IN * point, point, from + k, row, column);
+    }
+  }
+}
+
+// Transforms place `from_tile` of `from` back into the outputs y (N, P, Q, K) of tile number `tile`, leaving out what
+// stands out of the image.
+void write_tile(float* y, i64 P, i64 Q, i64 K, const Points& from, i64 from_tile, const Grid& grid, i64 tile) {
+  const i64 n = tile / (grid.rows * grid.columns);
+  const i64 p = tile / grid.columns % grid.rows * OUT, q = tile % grid.columns * OUT;
+  const i64 rows = least(OUT, P - p), columns = least(OUT, Q - q), point = from.point();
+  for (i64 k = 0; k < K; k += LANE) {
+    const float* in = from.at(k, from_tile);
+    float* out = y + ((n * P + p) * Q + q) * K + k;
+    if (rows == OUT && columns == OUT && K - k >= LANE) {
+      both_axes<output_transform, OUT, IN>(out, Q * K, K, in, IN * point, point);
+    } else {
+      float results[OUT][OUT][LANE];
+      both_axes<output_transform, OUT, IN>(results[0][0], OUT * LANE, LANE, in, IN * point, point);
+      for (i64 i = 0; i < rows; i++)
+        for (i64 j = 0; j < columns; j++) store_first(out + (i * Q + j) * K, load(results[i][j]), least(LANE, K - k));
+    }
+  }
+}
+
+// Transformed weights: (point, group of WIDTH filters, channel, filter), the order in which the products read them.
+struct Weights {
+  float* data;
+  i64 C, K;  // summed channels and filters of the product
+  i64 point() const { return C * padded(K) + BLOCK; }
+  i64 size() const { return POINTS * point(); }
+  static i64 width(i64 K, i64 k0) { return least(WIDTH, padded(K) - k0); }
+};
+
+// w(tap, c, k) = w[tap * w_tap + c * w_c + k * w_k] for the nine taps.
+void transform_weights(const Weights& u, const float* w, i64 w_tap, i64 w_c, i64 w_k) {
+  const i64 blocks = ceil_div(u.K, BLOCK), point = u.point();
+  parallel_for(ceil_div(u.C, BLOCK) * blocks, [&](i64 task) {
+    const i64 c0 = task / blocks * BLOCK, k0 = task % blocks * BLOCK;
+    const i64 channels = least(BLOCK, u.C - c0), filters = least(BLOCK, u.K - k0);
+    // Copied first, so that vectors run over filters whichever of C and K is the inner one in memory.
+    alignas(64) float copy[9][BLOCK][BLOCK] = {};
+    for (i64 tap = 0; tap < 9; tap++) {
+      const float* from = w + tap * w_tap + c0 * w_c + k0 * w_k;
+      if (w_k == 1) {
+        for (i64 c = 0; c < channels; c++)
+          for (i64 k = 0; k < filters; k++) copy[tap][c][k] = from[c * w_c + k];
+      } else {
+        for (i64 k = 0; k < filters; k++)
+          for (i64 c = 0; c < channels; c++) copy[tap][c][k] = from[c * w_c + k * w_k];
+      }
+    }
+    for (int k = 0; k < BLOCK; k += LANE) {
+      const i64 group = (k0 + k) / WIDTH * WIDTH, width = Weights::width(u.K, group);
+      for (i64 c = 0; c < channels; c++) {
+        float* to = u.data + group * u.C + (c0 + c) * width + (k0 + k - group);
+        both_axes<weight_transform, IN, 3>(to, IN * point, point, &copy[0][c][k], 3 * BLOCK * BLOCK, BLOCK * BLOCK);
+      }
+    }
+  });
+}
+
+// Forward and input gradient -----------------------------------------------------------------------------------------
+
+// m(tile, k) = sum over c of v(tile, c) * u(c, k) for TILES x VECTORS sums in registers. 8 x 2 take 8 broadcasts and 2
+// loads for 16 multiply-adds.
+template <int TILES, int VECTORS>
+void multiply_tiles(float* m, i64 m_vector, const float* v, i64 v_block, const float* u, i64 C) {
+  V sum[TILES][VECTORS] = {};
+  for (i64 c0 = 0; c0 < C; c0 += BLOCK, v += v_block) {
+    for (i64 c = 0; c < least(BLOCK, C - c0); c++, u += VECTORS * LANE) {
+      V weights[VECTORS];
+#pragma GCC unroll 2
+      for (int k = 0; k < VECTORS; k++) weights[k] = load(u + k * LANE);
+#pragma GCC unroll 16
+      for (int i = 0; i < TILES; i++)
+#pragma GCC unroll 2
+        for (int k = 0; k < VECTORS; k++) sum[i][k] += v[i * BLOCK + c] * weights[k];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < TILES; i++)
+#pragma GCC unroll 2
+    for (int k = 0; k < VECTORS; k++) store(m + i * BLOCK + k * m_vector, sum[i][k]);
+}
+
+// One point and one group of filters for the first `tiles` tiles. The last tiles take the smallest kernel that covers
+// them, moved back where it would stand out: computing some twice is cheaper than several small kernels.
+template <int VECTORS>
+void multiply_group(const Points& m, const Points& v, const float* u, i64 point, i64 k0, i64 tiles) {
+  const float* from = v.data + point * v.point();
+  float* to = m.at(k0, 0) + point * m.point();
+  const i64 m_vector = m.at(k0 + LANE, 0) - m.at(k0, 0);
+  for (i64 t = 0; t < tiles;) {
+    int count = SUMS / VECTORS;
+    while (count > tiles || count / 2 >= tiles - t) count /= 2;
+    t = least(t, tiles - count);
+    float* out = to + t * BLOCK;
+    const float* in = from + t * BLOCK;
+    switch (count) {
+      case 16:
+        if constexpr (SUMS / VECTORS >= 16) multiply_tiles<16, VECTORS>(out, m_vector, in, v.block(), u, v.channels);
+        break;
+      case 8:
+        if constexpr (SUMS / VECTORS >= 8) multiply_tiles<8, VECTORS>(out, m_vector, in, v.block(), u, v.channels);
+        break;
+      case 4: multiply_tiles<4, VECTORS>(out, m_vector, in, v.block(), u, v.channels); break;
+      case 2: multiply_tiles<2, VECTORS>(out, m_vector, in, v.block(), u, v.channels); break;
+      default: multiply_tiles<1, VECTORS>(out, m_vector, in, v.block(), u, v.channels);
+    }
+    t += count;
+  }
+}
+
+void multiply(const Points& m, const Points& v, const Weights& u, i64 point, i64 k0, i64 tiles) {
+  const float* weights = u.data + point * u.point() + k0 * u.C;
+  if (Weights::width(u.K, k0) == WIDTH)
+    multiply_group<2>(m, v, weights, point, k0, tiles);
+  else
+    multiply_group<1>(m, v, weights, point, k0, tiles);
+}
+
+inline bool is_fused(i64 C, i64 K) { return POINTS * C * K * i64(sizeof(float)) <= FUSED_WEIGHTS; }
+
+// Tiles of C + K channels that fit into `bytes`, in whole kernels of 8 or 16, but no more than keep the TASKS busy.
+inline i64 group_tiles(i64 bytes, i64 channels, i64 tiles) {
+  const i64 fit = bytes / (POINTS * channels * i64(sizeof(float))), share = ceil_div(tiles, TASKS);
+  const i64 most_tiles = most(16, least(64, fit / 16 * 16));
+  return least(most_tiles, ceil_div(share, 8) * 8);
+}
+inline i64 phase_tiles(i64 channels, i64 tiles) {
+  return least(tiles, most(64, PHASE_BYTES / (POINTS * channels * i64(sizeof(float)))));
+}
+
+// y (N, P, Q, K) from x (N, H, W, C) and transformed weights.
+void correlate(float* y, i64 P, i64 Q, const Images& x, const Weights& u, i64 N) {
+  const Grid grid(N, P, Q);
+  const i64 C = u.C, K = u.K, tiles = grid.tiles();
+  if (is_fused(C, K)) {
+    const i64 group = group_tiles(GROUP_BYTES, C + K, tiles);
+    parallel_ranges(tiles, group, [&](i64 begin, i64 end) {
+      Points v{nullptr, group, C}, m{nullptr, group, padded(K)};
+      const Scratch<float> scratch(v.size() + m.size());
+      v.data = scratch.get(), m.data = v.data + v.size();
+      for (i64 t = begin; t < end; t++) transform_tile<input_transform, IN>(v, t - begin, x, grid, t);
+      for (i64 point = 0; point < POINTS; point++)
+        for (i64 k0 = 0; k0 < K; k0 += WIDTH) multiply(m, v, u, point, k0, end - begin);
+      for (i64 t = begin; t < end; t++) write_tile(y, P, Q, K, m, t - begin, grid, t);
+    });
+    return;
+  }
+  const i64 phase = phase_tiles(C + K, tiles);
+  Points v{nullptr, phase, C}, m{nullptr, phase, padded(K)};
+  const Scratch<float> v_scratch(v.size()), m_scratch(m.size());
+  v.data = v_scratch.get(), m.data = m_scratch.get();
+  const i64 groups = ceil_div(K, WIDTH);
+  for (i64 first = 0; first < tiles; first += phase) {
+    const i64 count = least(phase, tiles - first);
+    parallel_ranges(count, most(1, 1024 / C), [&](i64 begin, i64 end) {
+      for (i64 t = begin; t < end; t++) transform_tile<input_transform, IN>(v, t, x, grid, first + t);
+    });
+    parallel_for(POINTS * groups, [&](i64 task) { multiply(m, v, u, task / groups, task % groups * WIDTH, count); });
+    parallel_ranges(count, most(1, 1024 / K), [&](i64 begin, i64 end) {
+      for (i64 t = begin; t < end; t++) write_tile(y, P, Q, K, m, t, grid, first + t);
+    });
+  }
+}
+
+// Weight gradient ----------------------------------------------------------------------------------------------------
+
+// du(c, k) += sum over tiles of v(tile, c) * d(tile, k) for CHANNELS x VECTORS sums in registers.
+template <int CHANNELS, int VECTORS>
+void outer_products(float* du, i64 du_row, const float* v, const float* d, i64 d_vector, i64 tiles, bool first) {
+  V sum[CHANNELS][VECTORS] = {};
+  for (i64 t = 0; t < tiles; t++, v += BLOCK, d += BLOCK) {
+    V gradient[VECTORS];
+#pragma GCC unroll 2
+    for (int k = 0; k < VECTORS; k++) gradient[k] = load(d + k * d_vector);
+#pragma GCC unroll 16
+    for (int c = 0; c < CHANNELS; c++)
+#pragma GCC unroll 2
+      for (int k = 0; k < VECTORS; k++) sum[c][k] += v[c] * gradient[k];
+  }
+#pragma GCC unroll 16
+  for (int c = 0; c < CHANNELS; c++)
+#pragma GCC unroll 2
+    for (int k = 0; k < VECTORS; k++) {
+      float* to = du + c * du_row + k * LANE;
+      store(to, first ? sum[c][k] : load(to) + sum[c][k]);
+    }
+}
+
+// Gradients of transformed weights: (point, channel, filter), both padded to whole blocks.
+struct WeightSums {
+  float* data;
+  i64 C, K;
+  i64 point() const { return padded(C) * padded(K) + BLOCK; }
+  i64 size() const { return POINTS * point(); }
+};
+
+template <int VECTORS>
+void accumulate_group(const WeightSums& du, const Points& v, const Points& d, i64 point, i64 k0, i64 tiles,
+                      bool first) {
+  constexpr int CHANNELS = SUMS / VECTORS;
+  const float* gradient = d.at(k0, 0) + point * d.point();
+  const i64 d_vector = d.at(k0 + LANE, 0) - d.at(k0, 0), row = padded(du.K);
+  for (i64 c = 0; c < padded(du.C); c += CHANNELS)
+    outer_products<CHANNELS, VECTORS>(du.data + point * du.point() + c * row + k0, row, v.at(c, 0) + point * v.point(),
+                                      gradient, d_vector, tiles, first);
+}
+
+void accumulate(const WeightSums& du, const Points& v, const Points& d, i64 point, i64 k0, i64 tiles, bool first) {
+  if (Weights::width(du.K, k0) == WIDTH)
+    accumulate_group<2>(du, v, d, point, k0, tiles, first);
+  else
+    accumulate_group<1>(du, v, d, point, k0, tiles, first);
+}
+
+// dw(tap, c, k) of channel c, dw having rows of K filters.
+void write_weights(float* dw, i64 K, const WeightSums& du, i64 c) {
+  for (i64 k = 0; k < K; k += LANE) {
+    const float* from = du.data + c * padded(du.K) + k;
+    float results[9][LANE];
+    both_axes<weight_adjoint, 3, IN>(results[0], 3 * LANE, LANE, from, IN * du.point(), du.point());
+    for (i64 tap = 0; tap < 9; tap++)
+      store_first(dw + (tap * du.C + c) * K + k, load(results[tap]), least(LANE, K - k));
+  }
+}
+
+}  // namespace
+
+void winograd_forward(float* y, const float* x, const float* w, const Window& s) {
+  Weights u{nullptr, s.C, s.K};
+  const Scratch<float> scratch(u.size());
+  u.data = scratch.get();
+  transform_weights(u, w, s.C * s.K, s.K, 1);
+  correlate(y, s.P, s.Q, {x, s.H, s.W, s.C, s.pad_h, s.pad_w}, u, s.N);
+}
+
+// dx[h, w, c] = sum of dy[h + pad_h - r, w + pad_w - s, k] * w[r, s, c, k]: with r = 2 - i a correlation of dy with
+// the taps in reversed order, padded by 2 - pad. A negative padding leaves out the first pixels of dy.
+void winograd_backward_input(float* dx, const float* dy, const float* w, const Window& s) {
+  Weights u{nullptr, s.K, s.C};
+  const Scratch<float> scratch(u.size());
+  u.data = scratch.get();
+  transform_weights(u, w + 8 * s.C * s.K, -s.C * s.K, 1, s.K);
+  correlate(dx, s.H, s.W, {dy, s.P, s.Q, s.K, 2 - s.pad_h, 2 - s.pad_w}, u, s.N);
+}
+
+void winograd_backward_weight(float* dw, const float* dy, const float* x, const Window& s) {
+  const Grid grid(s.N, s.P, s.Q);
+  const Images xs{x, s.H, s.W, s.C, s.pad_h, s.pad_w}, dys{dy, s.P, s.Q, s.K, 0, 0};
+  const i64 tiles = grid.tiles();
+  if (is_fused(s.C, s.K)) {
+    // A part sums its tiles, group by group, and transforms the sums back itself, which leaves 9 values of 36 to add up
+    // in order. At least 64 tiles pay for that.
+    const i64 parts = most(1, least(TASKS, tiles / 64)), size = 9 * s.C * s.K;
+    const i64 group = least(2 * group_tiles(GROUP_BYTES, s.C + s.K, TASKS * tiles), ceil_div(tiles, parts));
+    const Scratch<float> partial(parts * size);
+    parallel_for(parts, [&](i64 part) {
+      Points v{nullptr, group, s.C}, d{nullptr, group, s.K};
+      WeightSums du{nullptr, s.C, s.K};
+      const Scratch<float> scratch(v.size() + d.size() + du.size());
+      v.data = scratch.get(), d.data = v.data + v.size(), du.data = d.data + d.size();
+      const i64 first = part * tiles / parts, last = (part + 1) * tiles / parts;
+      for (i64 begin = first; begin < last; begin += group) {
+        const i64 count = least(group, last - begin);
+        for (i64 t = 0; t < count; t++) {
+          transform_tile<input_transform, IN>(v, t, xs, grid, begin + t);
+          transform_tile<output_adjoint, OUT>(d, t, dys, grid, begin + t);
+        }
+        for (i64 point = 0; point < POINTS; point++)
+          for (i64 k0 = 0; k0 < s.K; k0 += WIDTH) accumulate(du, v, d, point, k0, count, begin == first);
+      }
+      for (i64 c = 0; c < s.C; c++) write_weights(&partial[part * size], s.K, du, c);
+    });
+    parallel_ranges(size, 4096, [&](i64 begin, i64 end) {
+      for_vectors<float>(end - begin, [&](i64 i, i64 count) {
+        V sum{};
+        for (i64 part = 0; part < parts; part++) sum += load_first(&partial[part * size + begin + i], count);
+        store_first(dw + begin + i, sum, count);
+      });
+    });
+    return;
+  }
+  const i64 phase = phase_tiles(s.C + s.K, tiles);
+  Points v{nullptr, phase, s.C}, d{nullptr, phase, s.K};
+  WeightSums du{nullptr, s.C, s.K};
+  const Scratch<float> v_scratch(v.size()), d_scratch(d.size()), du_scratch(du.size());
+  v.data = v_scratch.get(), d.data = d_scratch.get(), du.data = du_scratch.get();
+  const i64 groups = ceil_div(s.K, WIDTH);
+  for (i64 first = 0; first < tiles; first += phase) {
+    const i64 count = least(phase, tiles - first);
+    parallel_ranges(count, most(1, 1024 / (s.C + s.K)), [&](i64 begin, i64 end) {
+      for (i64 t = begin; t < end; t++) {
+        transform_tile<input_transform, IN>(v, t, xs, grid, first + t);
+        transform_tile<output_adjoint, OUT>(d, t, dys, grid, first + t);
+      }
+    });
+    parallel_for(POINTS * groups,
+                 [&](i64 task) { accumulate(du, v, d, task / groups, task % groups * WIDTH, count, first == 0); });
+  }
+  parallel_ranges(s.C, most(1, 2048 / s.K), [&](i64 begin, i64 end) {
+    for (i64 c = begin; c < end; c++) write_weights(dw, s.K, du, c);
+  });
+}
+
+// By itself the choice falls on Winograd where it was measured to be the faster one: not below a vector of channels or
+// filters (a block of 16 costs the same transforms as one), not where tiles are too few to pay for transforming the
+// weights, and not where more than half of what the tiles compute lies outside of the image.
+bool use_winograd(const Window& s, ConvAlgorithm algorithm) {
+  if (s.R != 3 || s.S != 3 || s.stride_h != 1 || s.stride_w != 1) return false;
+  if (algorithm != ConvAlgorithm::automatic) return algorithm == ConvAlgorithm::winograd;
+  const i64 tiles = Grid(s.N, s.P, s.Q).tiles();
+  return s.C >= BLOCK && s.K >= BLOCK && tiles >= 32 && 2 * s.N * s.P * s.Q >= OUT * OUT * tiles;
+}
+
+}  // namespace tinyres::TINYRES_TARGET
