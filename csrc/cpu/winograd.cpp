@@ -333,6 +333,24 @@ inline i64 phase_tiles(i64 channels, i64 tiles) {
 void correlate(float* y, i64 P, i64 Q, const Images& x, const Weights& u, i64 N) {
   const Grid grid(N, P, Q);
   const i64 C = u.C, K = u.K, tiles = grid.tiles();
+  if (C <= BLOCK && K <= least(BLOCK, WIDTH)) {
+    // One block of channels and one kernel's filters: a product reads all that it overwrites before it does. So a group
+    // of 16 tiles fits into the L1 cache.
+    constexpr i64 group = 16;
+    parallel_ranges(ceil_div(tiles, group), most(1, least(8, tiles / group / TASKS)), [&](i64 first, i64 last) {
+      Points v{nullptr, group, BLOCK};
+      const Scratch<float> scratch(v.size());
+      v.data = scratch.get();
+      for (i64 g = first; g < last; g++) {
+        const i64 begin = g * group, end = least(begin + group, tiles);
+        for (i64 t = begin; t < end; t++) transform_tile<input_transform, IN>(v, t - begin, x, grid, t);
+        const Points in{v.data, group, C};
+        for (i64 point = 0; point < POINTS; point++) multiply(v, in, u, point, 0, group);
+        for (i64 t = begin; t < end; t++) write_tile(y, P, Q, K, v, t - begin, grid, t);
+      }
+    });
+    return;
+  }
   if (is_fused(C, K)) {
     const i64 group = group_tiles(GROUP_BYTES, C + K, tiles);
     parallel_ranges(tiles, group, [&](i64 begin, i64 end) {
