@@ -134,10 +134,20 @@ class Call {
   template <class T>
   const T* view(const char* name, const Array& array, const Shape& shape) const {
     check<T>(name, array, shape);
-    for (py::ssize_t i = 0; i < array.ndim(); i++) {
-      expect_array(array.strides(i) % py::ssize_t(sizeof(T)) == 0, name, "must have strides of whole elements");
+    return whole_strides<T>(name, array);
+  }
+
+  // The same, of a shape that broadcasts to `shape`.
+  template <class T>
+  const T* operand(const char* name, const Array& array, const Shape& shape) const {
+    check_type<T>(name, array);
+    const py::ssize_t missing = shape.rank - array.ndim();
+    bool fits = missing >= 0;
+    for (py::ssize_t i = 0; fits && i < array.ndim(); i++) {
+      fits = array.shape(i) == shape.size[i + missing] || array.shape(i) == 1;
     }
-    return static_cast<const T*>(array.data());
+    if (!fits) wrong_shape(name, array, shape);
+    return whole_strides<T>(name, array);
   }
 
   void rank(const char* name, const Array& array, py::ssize_t rank) const {
@@ -157,15 +167,31 @@ class Call {
  private:
   template <class T>
   void check(const char* name, const Array& array, const Shape& shape) const {
+    check_type<T>(name, array);
+    bool same = array.ndim() == shape.rank;
+    for (py::ssize_t i = 0; same && i < shape.rank; i++) same = array.shape(i) == shape.size[i];
+    if (!same) wrong_shape(name, array, shape);
+  }
+
+  template <class T>
+  void check_type(const char* name, const Array& array) const {
     if (!holds<T>(array))
       throw py::type_error("[" + std::string(kernel_) + "] " + name + " must be " + type_name<T>() + "; got " +
                            std::string(py::str(array.dtype())));
-    bool same = array.ndim() == shape.rank;
-    for (py::ssize_t i = 0; same && i < shape.rank; i++) same = array.shape(i) == shape.size[i];
-    if (!same)
-      throw py::value_error("[" + std::string(kernel_) + "] " + name + " must have shape " + text(shape) + "; got " +
-                            text(Shape(array)));
     expect_array(reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) == 0, name, "must be aligned");
+  }
+
+  [[noreturn]] void wrong_shape(const char* name, const Array& array, const Shape& shape) const {
+    throw py::value_error("[" + std::string(kernel_) + "] " + name + " must have shape " + text(shape) + "; got " +
+                          text(Shape(array)));
+  }
+
+  template <class T>
+  const T* whole_strides(const char* name, const Array& array) const {
+    for (py::ssize_t i = 0; i < array.ndim(); i++) {
+      expect_array(array.strides(i) % py::ssize_t(sizeof(T)) == 0, name, "must have strides of whole elements");
+    }
+    return static_cast<const T*>(array.data());
   }
 
   void expect_array(bool condition, const char* name, const char* rule) const {
@@ -177,16 +203,20 @@ class Call {
 
 // Elementwise -------------------------------------------------------------------------------------------------------
 
-// Strides in elements, with neighbouring axes merged wherever all operands allow it.
+// Strides in elements along the axes of y, 0 where an operand is repeated, with neighbouring axes merged wherever all
+// operands allow it.
 template <class T>
 Strided strided(const Call& call, const Array& y, const Array& a, const Array& b) {
-  constexpr py::ssize_t BYTES = sizeof(T);
+  const auto stride = [&](const Array& array, py::ssize_t axis) -> i64 {
+    axis -= y.ndim() - array.ndim();
+    return axis < 0 || array.shape(axis) == 1 ? 0 : array.strides(axis) / py::ssize_t(sizeof(T));
+  };
   Strided s;
   s.rank = 0;
   for (py::ssize_t axis = 0; axis < y.ndim(); axis++) {
     const i64 size = y.shape(axis);
     if (size == 1) continue;
-    const i64 sy = y.strides(axis) / BYTES, sa = a.strides(axis) / BYTES, sb = b.strides(axis) / BYTES;
+    const i64 sy = stride(y, axis), sa = stride(a, axis), sb = stride(b, axis);
     const int last = s.rank - 1;
     if (last >= 0 && s.y[last] == size * sy && s.a[last] == size * sa && s.b[last] == size * sb) {
       s.size[last] *= size;
@@ -211,8 +241,8 @@ void binary(std::string_view name, const Array& y, const Array& a, const Array& 
   call.typed(y, [&](auto zero) {
     using T = decltype(zero);
     T* const yp = call.out<T>("y", y, Shape(y));
-    const T* const ap = call.view<T>("a", a, Shape(y));
-    const T* const bp = call.view<T>("b", b, Shape(y));
+    const T* const ap = call.operand<T>("a", a, Shape(y));
+    const T* const bp = call.operand<T>("b", b, Shape(y));
     if (y.size() == 0) return;
     const Strided s = strided<T>(call, y, a, b);
     const NoGil released;
@@ -306,7 +336,7 @@ void copy(const Array& y, const Array& a) {
     using T = decltype(zero);
     T* const yp = const_cast<T*>(call.view<T>("y", y, Shape(y)));
     call.expect(y.writeable(), "y must be writable");
-    const T* const ap = call.view<T>("a", a, Shape(y));
+    const T* const ap = call.operand<T>("a", a, Shape(y));
     if (y.size() == 0) return;
     const Strided s = strided<T>(call, y, a, a);
     const NoGil released;
@@ -331,8 +361,9 @@ void sum(const Array& y, const Array& x) {
   call.rank("x", x, 3);
   call.typed(y, [&](auto zero) {
     using T = decltype(zero);
-    T* const yp = call.out<T>("y", y, {x.shape(0), x.shape(2)});
+    T* const yp = call.out<T>("y", y, Shape(y));
     const T* const xp = call.in<T>("x", x, Shape(x));
+    call.expect(y.size() == x.shape(0) * x.shape(2), "y must have an element for each of x's first and last axis");
     if (y.size() == 0) return;
     const NoGil released;
     kernels<T>().sum(yp, xp, x.shape(0), x.shape(1), x.shape(2));
@@ -345,8 +376,9 @@ void max(const Array& y, const Array& x) {
   call.expect(x.shape(1) > 0, "of no elements there is no largest");
   call.typed(y, [&](auto zero) {
     using T = decltype(zero);
-    T* const yp = call.out<T>("y", y, {x.shape(0), x.shape(2)});
+    T* const yp = call.out<T>("y", y, Shape(y));
     const T* const xp = call.in<T>("x", x, Shape(x));
+    call.expect(y.size() == x.shape(0) * x.shape(2), "y must have an element for each of x's first and last axis");
     if (y.size() == 0) return;
     const NoGil released;
     kernels<T>().max(yp, xp, x.shape(0), x.shape(1), x.shape(2));
@@ -372,17 +404,22 @@ void max_backward(const Array& dx, const Array& dy, const Array& x, const Array&
 
 void matmul(const Array& y, const Array& a, const Array& b) {
   const Call call("matmul");
-  call.rank("y", y, 3);
-  call.rank("a", a, 3);
+  const py::ssize_t rank = y.ndim() == 2 ? 2 : 3, row = rank - 2, column = rank - 1;  // one matrix, or a batch
+  call.rank("y", y, rank);
+  call.rank("a", a, rank);
+  call.rank("b", b, rank);
   call.typed(y, [&](auto zero) {
     using T = decltype(zero);
-    const py::ssize_t batch = y.shape(0), M = y.shape(1), N = y.shape(2), K = a.shape(2);
-    T* const yp = call.out<T>("y", y, {batch, M, N});
-    const T* const ap = call.view<T>("a", a, {batch, M, K});
-    const T* const bp = call.view<T>("b", b, {batch, K, N});
-    const auto stride = [](const Array& array, int axis) { return i64(array.strides(axis)) / i64(sizeof(T)); };
-    const i64 a_batch = stride(a, 0), b_batch = stride(b, 0);
-    const MatrixView a_view{stride(a, 1), stride(a, 2)}, b_view{stride(b, 1), stride(b, 2)};
+    const py::ssize_t batch = rank == 2 ? 1 : y.shape(0), M = y.shape(row), N = y.shape(column), K = a.shape(column);
+    const auto matrices = [&](py::ssize_t rows, py::ssize_t columns) {
+      return rank == 2 ? Shape{rows, columns} : Shape{batch, rows, columns};
+    };
+    T* const yp = call.out<T>("y", y, matrices(M, N));
+    const T* const ap = call.view<T>("a", a, matrices(M, K));
+    const T* const bp = call.view<T>("b", b, matrices(K, N));
+    const auto stride = [](const Array& array, py::ssize_t axis) { return i64(array.strides(axis)) / i64(sizeof(T)); };
+    const i64 a_batch = rank == 2 ? 0 : stride(a, 0), b_batch = rank == 2 ? 0 : stride(b, 0);
+    const MatrixView a_view{stride(a, row), stride(a, column)}, b_view{stride(b, row), stride(b, column)};
     const i64 size = y.size();
     if (size == 0) return;
     const NoGil released;
@@ -442,6 +479,25 @@ void conv2d_forward(const Array& y, const Array& x, const Array& w, Pair stride,
     if (s.N == 0) return;
     const NoGil released;
     kernels<T>().conv2d_forward(yp, xp, wp, s, chosen);
+  });
+}
+
+void conv2d_bias_forward(const Array& y, const Array& x, const Array& w, const Array& b, const OptionalArray& residual,
+                         bool relu, Pair stride, Pair padding, std::string_view algorithm) {
+  const Call call("conv2d_bias_forward");
+  const ConvAlgorithm chosen = ConvAlgorithm(call.choice(ALGORITHM_NAMES, algorithm));
+  const Window s = convolution(call, x, w, y, stride, padding);
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(y));
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    const T* const wp = call.in<T>("w", w, {s.R, s.S, s.C, s.K});
+    const T* const bp = call.in<T>("b", b, {s.K});
+    const T* const residual_p = call.in<T>("residual", residual, Shape(y));
+    if (s.N == 0) return;
+    const NoGil released;
+    kernels<T>().conv2d_forward(yp, xp, wp, s, chosen);
+    kernels<T>().add_bias(yp, bp, residual_p, relu, s.N * s.P * s.Q, s.K);
   });
 }
 
@@ -775,6 +831,7 @@ inline void define_kernels(py::module_& module) {
   module.def("max_backward", &max_backward);
   module.def("matmul", &matmul);
   module.def("conv2d_forward", &conv2d_forward);
+  module.def("conv2d_bias_forward", &conv2d_bias_forward);
   module.def("conv2d_backward_input", &conv2d_backward_input);
   module.def("conv2d_backward_weight", &conv2d_backward_weight);
   module.def("batch_norm_forward", &batch_norm_forward);

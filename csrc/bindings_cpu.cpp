@@ -65,7 +65,7 @@ void philox_bits(const Array& out, std::uint64_t key, std::uint64_t draw) {
 PYBIND11_MODULE(_cpu, module) {
   using namespace tinyres;
   namespace py = pybind11;
-  module.doc() = "CPU kernels of tinyres; tinyres/backend/cpu.py is the way in";
+  module.doc() = "CPU kernels of tinyres; tinyres/backend/adapter.py is the way in";
   choose_isa();
   module.def("isa", &isa, "The instruction set in use");
   module.def("isas", &isas, "The instruction sets that this machine can run");

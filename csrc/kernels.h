@@ -73,6 +73,8 @@ struct Kernels {
   // Both gradients in the broadcast shape n. A tie of maximum gives each side half; 0**0 counts as constant in b.
   void (*maximum_backward)(T* da, T* db, const T* dy, const T* a, const T* b, i64 n);
   void (*pow_backward)(T* da, T* db, const T* dy, const T* a, const T* b, const T* y, i64 n);
+  // What follows a convolution, on its result y (M, C), updated: plus b, plus residual if given, through ReLU if asked.
+  void (*add_bias)(T* y, const T* b, const T* residual, bool relu, i64 M, i64 C);
   void (*dropout)(T* y, const T* x, i64 n, double p, RandomKey key);  // y = x / (1 - p) or 0; backward: same on dy
   void (*copy)(T* y, const T* a, const Strided& s);                   // y[s.y] = a[s.a]
   void (*fill)(T* y, double value, i64 n);

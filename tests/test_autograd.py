@@ -374,6 +374,18 @@ def test_steady_state_of_training_allocates_nothing():
     assert after["taken"] > before["taken"], "the step must use the allocator at all"
 
 
+def test_steady_state_of_inference_allocates_nothing():
+    model = tinyres.fold_batch_norm(tinyres.models.cifar_resnet(8))
+    x = tinyres.tensor(np.ones((8, 32, 32, 3), np.float32))
+    with tinyres.options(threads=1), tinyres.no_grad():
+        for _ in range(2):
+            model(x)
+        before = tinyres.backend.memory.stats()
+        model(x)
+        after = tinyres.backend.memory.stats()
+    assert after["system_allocations"] == before["system_allocations"] and after["taken"] > before["taken"]
+
+
 def test_gradients_of_grad_share_no_memory():
     a, b = leaf([1.0, 2.0]), leaf([3.0, 4.0])
     s = a + b

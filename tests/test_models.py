@@ -5,7 +5,7 @@ import pytest
 
 import tinyres
 from op_case import DEVICES
-from tinyres import models, ops
+from tinyres import models, nn, ops
 from tinyres.errors import ArgumentError, DtypeError
 
 # Parameters (batch norm's scale and shift counted, no convolution bias) and multiply-adds in millions.
@@ -33,6 +33,64 @@ def test_sizes_of_the_variants():
     assert size(shortcut="B") == 269_722 + 2_752
     assert size(num_classes=100) == 269_722 + 5_850
     assert size(plain=True) == 269_722
+
+
+# The ImageNet networks with option B and the stride in the first 1x1: parameters, multiply-adds in millions.
+IMAGENET = {
+    18: (11_689_512, 1_814.07),
+    34: (21_797_672, 3_663.76),
+    50: (25_557_032, 3_857.97),
+    101: (44_549_160, 7_570.19),
+    152: (60_192_808, 11_282.4),
+}
+
+
+@pytest.fixture
+def unfilled(monkeypatch):
+    """Weights of zeros: drawing those of ResNet-152 takes seconds."""
+    monkeypatch.setattr(nn.init, "he_normal", lambda shape, fan_in: np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("depth", IMAGENET)
+def test_sizes_for_imagenet(depth, unfilled):
+    parameters, millions = IMAGENET[depth]
+    result = tinyres.summary(getattr(models, f"resnet{depth}")(), (1, 224, 224, 3), show=False)
+    assert result.parameters == parameters
+    assert result.multiply_adds / 1e6 == pytest.approx(millions, rel=1e-5)
+    outputs = [row[2] for row in result.rows if row[1] in ("MaxPool2d", "GlobalAvgPool2d", "Linear")]
+    assert outputs == [(1, 56, 56, 64), (1, 512 if depth < 50 else 2048), (1, 1000)]
+
+
+def test_sizes_of_the_variants_for_imagenet(unfilled):
+    def size(model):
+        return sum(p.size for p in model.parameters())
+
+    assert size(models.resnet34(shortcut="A")) == 21_623_848
+    assert size(models.resnet34(shortcut="C")) == 22_716_840
+    assert size(models.resnet18(num_classes=10)) == 11_689_512 - 990 * 513
+    result = tinyres.summary(models.resnet50(stride_in="3x3"), (1, 224, 224, 3), show=False)
+    assert result.parameters == 25_557_032
+    assert result.multiply_adds / 1e6 == pytest.approx(4_089.18, rel=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{"depth": 50, "shortcut": "A"}, {"depth": 18}, {"depth": 50}], ids=str)
+def test_networks_for_imagenet_reach_every_parameter(arguments):
+    """On smaller images and with fewer classes. tests/test_torch.py compares the gradients."""
+    model = tinyres.fuse(models.imagenet_resnet(num_classes=5, **arguments))
+    x = tinyres.tensor(np.random.default_rng(0).standard_normal((2, 64, 64, 3)).astype(np.float32))
+    ops.cross_entropy(model(x), [0, 1]).backward()
+    assert all(np.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"depth": 20}, {"depth": 50, "shortcut": "D"}, {"depth": 50, "stride_in": "7x7"}, {"depth": 18, "num_classes": 0}],
+)
+def test_impossible_networks_for_imagenet(arguments):
+    with pytest.raises(ArgumentError):
+        models.imagenet_resnet(**arguments)
+    with pytest.raises(DtypeError):
+        models.imagenet_resnet(18.5)
 
 
 @pytest.mark.parametrize(

@@ -292,6 +292,85 @@ def test_fuse_leaves_joins_and_other_activations():
         tinyres.fuse("model")
 
 
+def trained_a_little(model, *shape):
+    """The model in float64, with running statistics, scales and shifts that are not those of the beginning."""
+    model, rng = model.to(dtype=np.float64), np.random.default_rng(3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.gamma.data, module.beta.data = rng.uniform(0.5, 2, (2, *module.gamma.shape))
+    x = tinyres.tensor(rng.standard_normal(shape))
+    for _ in range(3):
+        model(x)
+    return model.eval(), x
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fused", (False, True))
+@pytest.mark.parametrize("arguments", [{}, {"shortcut": "B"}, {"shortcut": "C"}, {"plain": True}], ids=str)
+def test_folded_equals_plain(arguments, fused, device):
+    tinyres.backend.use(device)
+    model, x = trained_a_little(tinyres.models.cifar_resnet(8, **arguments), 3, 8, 8, 3)
+    folded = tinyres.fold_batch_norm(tinyres.fuse(model) if fused else model.train())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert not any(module.training for module in folded.modules())
+    assert fused or all(module.training for module in model.modules()), "the model itself stays as it was"
+    want = model.eval()(x).numpy()
+    for net in (folded, folded.train()):
+        assert np.allclose(net(x).numpy(), want, rtol=0, atol=1e-12 * np.abs(want).max())
+
+
+def test_folded_bottlenecks_and_pre_activation():
+    conv, norm = nn.Conv2d(4, 4, 3, padding=1, bias=True), nn.BatchNorm2d(4)
+    conv.bias.data = np.arange(4, dtype=np.float32)
+    units = [
+        nn.Residual(nn.BatchNorm2d(4), nn.ReLU(), conv, norm, nn.ReLU(), nn.Conv2d(4, 4, 1), activation=None),
+        nn.Residual(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), activation=None),
+    ]
+    model, x = trained_a_little(nn.Sequential(*units), 2, 5, 5, 4)
+    folded = tinyres.fold_batch_norm(model)
+    assert np.allclose(folded(x).numpy(), model(x).numpy(), rtol=0, atol=1e-12)
+    kinds = [type(module).__name__ for module in folded[0].branch]
+    assert kinds == ["BatchNormReLU2d", "Identity", "Identity", "Conv2dReLU", "Identity", "Conv2d"]
+    assert "bias=True" in repr(folded[1].branch) and "Conv2dReLU" in repr(folded)
+
+
+def test_folding_leaves_parameters_and_state_alone():
+    model, _ = trained_a_little(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1)), 2, 3, 3, 3
+    )
+    before = model.state_dict()
+    folded = tinyres.fold_batch_norm(model)
+    assert folded[3].weight is model[3].weight and folded[1].weight is not model[0].weight
+    folded[1].weight.data[...] = 0
+    assert all(np.array_equal(model.state_dict()[name], array) for name, array in before.items())
+    assert [name for name, _ in folded.named_parameters()] == ["1.weight", "1.bias", "3.weight"]
+
+
+def test_folding_declines_where_a_hook_sits_or_no_convolution_stands_before():
+    model = nn.Sequential(
+        nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    )
+    model, x = trained_a_little(model, 2, 3, 3, 4)
+    seen = []
+    for i in (1, 4):
+        model[i].register_forward_hook(lambda module, inputs, output: seen.append(type(module).__name__))
+    folded = tinyres.fold_batch_norm(model)
+    assert [type(module).__name__ for module in folded] == [type(module).__name__ for module in model]
+    assert np.array_equal(folded(x).numpy(), model(x).numpy())
+    assert seen == ["Conv2d", "BatchNorm2d"] * 2
+    with pytest.raises(DtypeError):
+        tinyres.fold_batch_norm("model")
+
+
+def test_folded_joins_broadcast_as_plain_ones():
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return ops.mean(x, (1, 2), keepdims=True)
+
+    block, x = trained_a_little(nn.Residual(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), shortcut=Pooled()), 2, 3, 3, 4)
+    assert np.allclose(tinyres.fold_batch_norm(block)(x).numpy(), block(x).numpy(), rtol=0, atol=1e-12)
+
+
 # summary ------------------------------------------------------------------------------------------------------
 
 

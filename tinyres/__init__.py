@@ -13,12 +13,12 @@ from tinyres.autograd import Function, Tensor, grad, no_grad, tensor
 from tinyres.backend.random import manual_seed
 from tinyres.checkpoint import load, save
 from tinyres.gradcheck import gradcheck
-from tinyres.nn.fuse import fuse
+from tinyres.nn.fuse import fold_batch_norm, fuse
 from tinyres.options import options
 from tinyres.summary import summary
 from tinyres.version import __version__
 
 __all__ = [
-    "Function", "Tensor", "backend", "fuse", "grad", "gradcheck", "load", "manual_seed", "models", "nn", "no_grad",
-    "ops", "optim", "options", "save", "summary", "tensor", "__version__",
+    "Function", "Tensor", "backend", "fold_batch_norm", "fuse", "grad", "gradcheck", "load", "manual_seed", "models",
+    "nn", "no_grad", "ops", "optim", "options", "save", "summary", "tensor", "__version__",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from tinyres import backend
 from tinyres.backend import Array, Device
-from tinyres.errors import ArgumentError, DeviceError, DtypeError, GraphError, ShapeError, expect
+from tinyres.errors import ArgumentError, DeviceError, DtypeError, GraphError, ShapeError, expect, fail
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -71,9 +71,11 @@ class Tensor:
     _hooks: dict[object, Callable[[Array], Array | None]] | None
 
     def __init__(self, data: Array, requires_grad: bool = False, device: Device | None = None) -> None:
-        self._data, self.grad, self.requires_grad = data, None, requires_grad
-        self.device = device or backend.get()
-        self._node, self._slot, self._hooks = None, 0, None
+        self._data = data
+        self.requires_grad = requires_grad
+        self.device = backend.get() if device is None else device
+        self._node = self.grad = self._hooks = None
+        self._slot = 0
 
     @property
     def data(self) -> Array:
@@ -160,7 +162,7 @@ class Tensor:
         if self._hooks is None:
             self._hooks = {}
             if self._node is not None:
-                self._node.hooks[self._slot] = self._hooks
+                self._node.hooks = {**self._node.hooks, self._slot: self._hooks}
         return Handle(self._hooks, hook)
 
     def backward(self, gradient: Tensor | ArrayLike | None = None, retain_graph: bool = False) -> None:
@@ -297,8 +299,13 @@ class Function:
     needs: tuple[bool, ...]
     saved: Any = None
     fresh_gradients = False
+    # What _record sets, and the sweep reads:
+    order: int  # age; the newest has the smallest
+    parents: list[tuple | None]  # by input: ((node or leaf, slot), shape, dtype), None where no gradient is wanted
+    outputs: tuple | None = None  # (shape, dtype) of each, where there are several
+    hooks: dict[int, dict] = {}  # by slot of the output
     swept = False
-    _orders = itertools.count()
+    _orders = itertools.count(0, -1)
 
     def forward(self, *arrays: Any, **attributes: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
@@ -315,53 +322,49 @@ class Function:
         device: Any = None
         needs_grad = False
         for x in inputs:
-            if x is not None:
-                if not isinstance(x, Tensor):
-                    raise DtypeError(f"[{cls.__name__}] inputs must be Tensors or None; got {type(x).__name__}")
+            if isinstance(x, Tensor):
                 if x.device is not device:
-                    expect(
-                        device is None,
-                        cls.__name__,
-                        "tensors must be on one device",
-                        DeviceError,
-                        devices=(device, x.device),
-                    )
+                    if device is not None:
+                        fail(cls.__name__, "tensors must be on one device", DeviceError, devices=(device, x.device))
                     device = x.device
                 needs_grad = needs_grad or x.requires_grad
-        expect(device is not None, cls.__name__, "at least one input must be a Tensor", DtypeError)
+            elif x is not None:
+                raise DtypeError(f"[{cls.__name__}] inputs must be Tensors or None; got {type(x).__name__}")
+        if device is None:
+            fail(cls.__name__, "at least one input must be a Tensor", DtypeError)
+        needs_grad = needs_grad and _no_grad_depth.get() == 0
         node = cls()
         node.device, node.kernels = device, device.kernels
-        needs_grad = needs_grad and _no_grad_depth.get() == 0
         node.needs = tuple([needs_grad and x is not None and x.requires_grad for x in inputs])
         out = node.forward(*[None if x is None else x._data for x in inputs], **attributes)
         if not isinstance(out, tuple):
-            _expect_array(cls, device, out)
-            result = Tensor(out, needs_grad, device)
+            result = _result(cls, device, out, needs_grad)
             if needs_grad:
-                node._record(inputs, (result,))
+                node._record(inputs)
+                result._node = node
             return result
-        for y in out:
-            _expect_array(cls, device, y)
-        results = tuple([Tensor(y, needs_grad, device) for y in out])
+        results = tuple([_result(cls, device, y, needs_grad) for y in out])
         if needs_grad:
-            node._record(inputs, results)
+            node._record(inputs)
+            node.outputs = tuple([(y.shape, y.dtype) for y in out])
+            for slot, y in enumerate(results):
+                y._node, y._slot = node, slot
         return results
 
-    def _record(self, inputs, results):
+    def _record(self, inputs):
         # A parent is (node, slot) of the op that made an input, or (leaf tensor, 0): holding nodes rather than
         # tensors lets go of activations that no backward needs.
         self.order = next(Function._orders)
-        self.parents = tuple([(x._node or x, x._slot) if n else None for x, n in zip(inputs, self.needs, strict=True)])
-        self.input_specs = tuple([(x.shape, x.dtype) if n else None for x, n in zip(inputs, self.needs, strict=True)])
-        self.output_specs = tuple([(y.shape, y.dtype) for y in results])
-        self.hooks = {}
-        for slot, y in enumerate(results):
-            y._node, y._slot = self, slot
+        self.parents = [
+            ((x._node or x, x._slot), x._data.shape, x._data.dtype) if needed else None
+            for x, needed in zip(inputs, self.needs, strict=True)
+        ]
 
 
-def _expect_array(function, device, y):
-    if not device.owns(y):
+def _result(function, device, y, requires_grad):
+    if not isinstance(y, device.array):
         raise DtypeError(f"[{function.__name__}] forward must return arrays of its device; got {type(y).__name__}")
+    return Tensor(y, requires_grad, device)
 
 
 def grad(
@@ -420,46 +423,36 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
         DtypeError,
         retain_graph=type(retain_graph).__name__,
     )
-    arrived = {}  # (node or leaf) -> slot -> (gradient so far, whether the array is ours to add to)
-    heap = []
+    arrived = {}  # (node or leaf, slot) -> (gradient so far, whether the array is ours to add to)
+    heap = []  # (order, slot, node) for every output that a gradient has arrived at
     for y, gradient in zip(ys, gradients, strict=True):
         seed = _seed_gradient(op, y, gradient)
         _deliver(arrived, heap, (y._node or y, y._slot), seed, True, y.device.kernels)
+    node = None
     while heap:
-        node = heapq.heappop(heap)[1]
-        expect(
-            not node.swept,
-            op,
-            "the graph was swept already (retain_graph=True keeps it for another sweep)",
-            GraphError,
-            node=type(node).__name__,
-        )
-        dxs = node.backward(*_output_gradients(node, arrived.pop(node), wanted))
+        before, node = node, heapq.heappop(heap)[2]
+        if node is before:
+            continue  # another of its outputs
+        if node.swept:
+            rule = "the graph was swept already (retain_graph=True keeps it for another sweep)"
+            fail(op, rule, GraphError, node=type(node).__name__)
+        dxs = node.backward(*_output_gradients(node, arrived, wanted))
         if not isinstance(dxs, tuple):
             dxs = (dxs,)
-        expect(
-            len(dxs) == len(node.parents),
-            type(node).__name__,
-            "backward must return a gradient for each input",
-            GraphError,
-            inputs=len(node.parents),
-            gradients=len(dxs),
-        )
-        for parent, dx, spec in zip(node.parents, dxs, node.input_specs, strict=True):
+        if len(dxs) != len(node.parents):
+            rule = "backward must return a gradient for each input"
+            fail(type(node).__name__, rule, GraphError, inputs=len(node.parents), gradients=len(dxs))
+        for parent, dx in zip(node.parents, dxs, strict=True):
             if parent is not None and dx is not None:
-                given = getattr(dx, "shape", None), getattr(dx, "dtype", None)
-                expect(
-                    given == spec and node.device.owns(dx),
-                    type(node).__name__,
-                    "a gradient must be an array of its input's shape and dtype",
-                    GraphError,
-                    gradient=given,
-                    input=spec,
-                )
-                _deliver(arrived, heap, parent, dx, node.fresh_gradients, node.kernels)
+                place, shape, dtype = parent
+                if not (isinstance(dx, node.device.array) and dx.shape == shape and dx.dtype == dtype):
+                    given = getattr(dx, "shape", None), getattr(dx, "dtype", None)
+                    rule = "a gradient must be an array of its input's shape and dtype"
+                    fail(type(node).__name__, rule, GraphError, gradient=given, input=(shape, dtype))
+                _deliver(arrived, heap, place, dx, node.fresh_gradients, node.kernels)
         if not retain_graph:
             node.saved, node.swept = None, True
-    finished = [(leaf, _leaf_gradient(op, leaf, *slots[0], wanted)) for leaf, slots in arrived.items()]
+    finished = [(leaf, _leaf_gradient(op, leaf, *held, wanted)) for (leaf, _), held in arrived.items()]
     for leaf, gradient in finished:
         if wanted is None:
             leaf.grad = gradient
@@ -494,30 +487,34 @@ def _deliver(arrived, heap, place, gradient, fresh, kernels):
     The first arrival is borrowed unless fresh: another place may hold the same array. A second makes a sum in
     whichever of the two is ours, or in a new array, and later ones are added to that in place.
     """
-    target, slot = place
-    if target not in arrived:
-        arrived[target] = {}
-        if isinstance(target, Function):
-            heapq.heappush(heap, (-target.order, target))
-    slots = arrived[target]
-    if slot in slots:
-        total, owned = slots[slot]
+    held = arrived.get(place)
+    if held is None:
+        node, slot = place
+        if isinstance(node, Function):
+            heapq.heappush(heap, (node.order, slot, node))
+    else:
+        total, owned = held
         if not owned and fresh:
             total, gradient = gradient, total
         gradient, fresh = (kernels.accumulate if owned or fresh else kernels.add)(total, gradient), True
-    slots[slot] = (gradient, fresh)
+    arrived[place] = gradient, fresh
 
 
-def _output_gradients(node, slots, wanted):
+def _output_gradients(node, arrived, wanted):
     """The gradient of each output of `node`, hooks applied; zeros where none arrived."""
+    if node.outputs is None and not node.hooks and wanted is None:
+        return (arrived.pop((node, 0))[0],)
     dys = []
-    for slot, (shape, dtype) in enumerate(node.output_specs):
-        if slot in slots:
-            dy, _ = _run_hooks(node.hooks.get(slot), *slots[slot], node.device)
+    for slot in range(len(node.outputs or (None,))):
+        if (node, slot) in arrived:
+            dy, owned = arrived.pop((node, slot))
+            if slot in node.hooks:
+                dy, _ = _run_hooks(node.hooks[slot], dy, owned, node.device)
         else:
+            shape, dtype = node.outputs[slot]
             dy = node.kernels.broadcast_to(np.zeros((), dtype), shape)
         if wanted is not None and (id(node), slot) in wanted:
-            wanted[id(node), slot] = node.kernels.broadcast_to(dy, shape)
+            wanted[id(node), slot] = node.kernels.broadcast_to(dy, dy.shape)
         dys.append(dy)
     return dys
 
@@ -525,7 +522,8 @@ def _output_gradients(node, slots, wanted):
 def _leaf_gradient(op, leaf, gradient, owned, wanted):
     """The whole gradient of a leaf, what its `grad` holds included, in an array that nothing else holds."""
     kernels = leaf.device.kernels
-    gradient, owned = _run_hooks(leaf._hooks, gradient, owned, leaf.device)
+    if leaf._hooks:
+        gradient, owned = _run_hooks(leaf._hooks, gradient, owned, leaf.device)
     if wanted is not None or leaf.grad is None:
         return gradient if owned else kernels.broadcast_to(gradient, gradient.shape)
     held = getattr(leaf.grad, "shape", None), getattr(leaf.grad, "dtype", None)

@@ -1,6 +1,8 @@
-"""The project's exceptions, and `expect`, the one way that a check is written."""
+"""The project's exceptions, and `expect` and `fail`, the one way that a check is written."""
 
 from __future__ import annotations
+
+from typing import NoReturn
 
 
 class TinyresError(Exception):
@@ -50,5 +52,11 @@ def expect(condition: object, op: str, rule: str, error: type[TinyresError] = Sh
     `[conv2d] input channels of x and w must agree; got x (8, 32, 32, 3), w (3, 3, 16, 16)`.
     """
     if not condition:
-        values = ", ".join(f"{name} {value}" for name, value in got.items())
-        raise error(f"[{op}] {rule}" + (f"; got {values}" if got else ""))
+        fail(op, rule, error, **got)
+
+
+def fail(op: str, rule: str, error: type[TinyresError] = ShapeError, **got: object) -> NoReturn:
+    """Raise `error` as `expect` does; `if ...: fail(...)` is for checks made in every call of an op, where gathering
+    what the message would say costs as much as the op."""
+    values = ", ".join(f"{name} {value}" for name, value in got.items())
+    raise error(f"[{op}] {rule}" + (f"; got {values}" if got else ""))

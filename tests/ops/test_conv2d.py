@@ -41,6 +41,21 @@ CASES = [
         lambda x, w, b: ops.conv2d(x, w, b, stride=2, padding=1),
         normal(2, 5, 5, 3), normal(3, 3, 3, 4), normal(4), reduction=36,
     ),
+    Case(
+        "with ReLU",
+        lambda x, w, b: ops.conv2d_relu(x, w, b, stride=(2, 1), padding=1),
+        normal(2, 5, 4, 3), normal(3, 3, 3, 17), normal(17), reduction=153,
+    ),
+    Case(
+        "with a residual and ReLU",
+        lambda x, r, w, b: ops.conv2d_add_relu(x, r, w, b, padding=(1, 0)),
+        normal(2, 4, 5, 3), normal(2, 4, 3, 5), normal(3, 3, 3, 5), normal(5), reduction=45,
+    ),
+    Case(
+        "with a residual that broadcasts",
+        lambda x, r, w, b: ops.conv2d_add_relu(x, r, w, b),
+        normal(2, 4, 4, 3), normal(2, 1, 1, 4), normal(1, 1, 3, 4), normal(4), reduction=32,
+    ),
 ]  # fmt: skip
 
 
@@ -161,3 +176,21 @@ def test_unread_pixels_get_no_gradient(device):
     dx = x.device.numpy(x.grad)
     assert (dx[:, 2::3] == 0).all() and (dx[:, :, 2::3] == 0).all()
     assert (dx[:, [0, 1, 3, 4, 6, 7]][:, :, [0, 1, 3, 4, 6, 7]] == g.K).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_fused_ops_are_their_parts(device, rng):
+    """Bit for bit where sums are exact; NaN stays visible through ReLU."""
+    x, w = rng.integers(-3, 4, (2, 9, 7, 5)), rng.integers(-3, 4, (3, 3, 5, 19))
+    b, residual = rng.integers(-9, 10, 19), rng.integers(-99, 100, (2, 9, 7, 19))
+    x, w, b, residual = (tinyres.tensor(a.astype(np.float32), device=device) for a in (x, w, b, residual))
+    y = ops.conv2d(x, w, None, 1, 1)
+    for bias in (b, tinyres.tensor(np.where(np.arange(19) == 3, np.nan, 0).astype(np.float32), device=device)):
+        wants = [
+            (ops.conv2d(x, w, bias, 1, 1), y + bias),
+            (ops.conv2d_relu(x, w, bias, 1, 1), ops.relu(y + bias)),
+            (ops.conv2d_add_relu(x, residual, w, bias, 1, 1), ops.relu(y + bias + residual)),
+        ]
+        for got, want in wants:
+            assert np.array_equal(got.numpy(), want.numpy(), equal_nan=True)
+    assert np.isnan(got.numpy()[..., 3]).all() and not np.isnan(got.numpy()[..., :3]).any()

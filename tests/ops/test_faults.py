@@ -12,6 +12,7 @@ from op_case import DEVICES, Case, away_from_zero, distinct, normal, positive
 from tinyres import ops
 from tinyres.autograd import Function
 from tinyres.errors import GradcheckError
+from tinyres.ops.conv2d import Conv2dAddReLU
 from tinyres.ops.elementwise import Add, Div, Dropout, Exp, Log, Mul, Neg, Sub
 from tinyres.ops.linear import Linear
 from tinyres.ops.loss import CrossEntropy
@@ -19,6 +20,7 @@ from tinyres.ops.reduce import Mean, Sum
 from tinyres.ops.shape import Concatenate, Pad, Reshape, Transpose
 
 LABELS = np.array([2, 0, 3])
+right_add_relu = Conv2dAddReLU.backward
 MEAN, VAR = np.array([0.5, -1.0]), np.array([0.5, 2.0])
 
 # One small case an op: what the faults below are planted into.
@@ -51,6 +53,13 @@ OPS = {
     "conv2d": Case(
         "conv2d", lambda x, w, b: ops.conv2d(x, w, b, stride=(2, 1), padding=1),
         normal(1, 4, 2, 2), normal(3, 4, 2, 2), normal(2),
+    ),
+    "conv2d_relu": Case(
+        "conv2d_relu", lambda x, w, b: ops.conv2d_relu(x, w, b, stride=(2, 1), padding=1),
+        normal(1, 4, 2, 2), normal(3, 4, 2, 2), normal(2),
+    ),
+    "conv2d_add_relu": Case(
+        "conv2d_add_relu", ops.conv2d_add_relu, normal(1, 3, 3, 2), normal(1, 2, 2, 2), normal(2, 2, 2, 2), normal(2)
     ),
     "max_pool2d": Case("max_pool2d", lambda x: ops.max_pool2d(x, 2), distinct(1, 4, 4, 2)),
     "avg_pool2d": Case("avg_pool2d", lambda x: ops.avg_pool2d(x, 2, 1, 1), normal(1, 3, 3, 2)),
@@ -236,6 +245,11 @@ FAULTS = [
     ("conv2d", "only the first image",
      _kernel("conv2d_backward_weight", lambda right, dy, x, *rest: right(dy[:1], x[:1], *rest)), Case(
         "two images", ops.conv2d, normal(2, 3, 3, 1), normal(2, 2, 1, 2))),
+    ("conv2d_relu", "no mask", _kernel("relu_backward", lambda right, dy, y: dy.copy())),
+    ("conv2d_relu", "bias gets the mean", _kernel("sum", lambda right, *args: right(*args) / 2)),
+    ("conv2d_add_relu", "no mask", _kernel("relu_backward", lambda right, dy, y: dy.copy())),
+    ("conv2d_add_relu", "residual without the mask", _backward(
+        Conv2dAddReLU, lambda self, dy: (lambda dx, _, dw, db: (dx, dy, dw, db))(*right_add_relu(self, dy)))),
     ("max_pool2d", "first pixel, not the largest",
      _kernel("max_pool2d_backward", lambda right, dy, argmax, *rest: right(dy, argmax * 0, *rest))),
     ("avg_pool2d", "divisor", _kernel("avg_pool2d_backward", _scaled(None, 2))),

@@ -41,14 +41,16 @@ class Device:
     name     "reference", "cpu", "emulated" or "cuda"
     kernels  the kernel table, as attributes
     xp       the array module: NumPy, or CuPy for cuda
+    array    the type of its arrays
     """
 
     name: str
     kernels: Any  # raw kernels: their contracts are in spec.py
     xp: Any
+    array: type
 
     def __init__(self, name: str, kernels: Any, xp: Any) -> None:
-        self.name, self.kernels, self.xp = name, kernels, xp
+        self.name, self.kernels, self.xp, self.array = name, kernels, xp, xp.ndarray
 
     def asarray(self, data: ArrayLike, dtype: DTypeLike | None = None) -> Array:
         """`data`, an array of any device included, as an array of this one, without a copy where possible."""
@@ -63,7 +65,7 @@ class Device:
 
     def owns(self, array: object) -> TypeGuard[Array]:
         """Whether `array` is an array of this device's kind."""
-        return isinstance(array, self.xp.ndarray)
+        return isinstance(array, self.array)
 
     def __reduce__(self) -> tuple:
         return get, (self.name,)  # copies and pickles of a model are on this very device

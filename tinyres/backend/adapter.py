@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from tinyres.backend.reference import output_size
-from tinyres.errors import ArgumentError, expect
+from tinyres.errors import ArgumentError, fail
 from tinyres.options import get as options
 
 
@@ -24,10 +24,8 @@ def _wide(dtype):
 def _binary(op):
     def kernel(self, a, b):
         a, b = self._operand(a), self._operand(b)
-        if a.shape != b.shape:
-            shape = np.broadcast_shapes(a.shape, b.shape)
-            a, b = self.xp.broadcast_to(a, shape), self.xp.broadcast_to(b, shape)
-        y = self._like(a)
+        shape = a.shape if a.shape == b.shape else np.broadcast_shapes(a.shape, b.shape)
+        y = self.empty(shape, a.dtype)
         self.extension.binary(op, y, a, b)
         return y
 
@@ -36,7 +34,7 @@ def _binary(op):
 
 def _unary(op):
     def kernel(self, x):
-        y = self._like(x)
+        y = self.empty(x.shape, x.dtype)
         self.extension.unary(op, y, self.contiguous(x))
         return y
 
@@ -55,9 +53,13 @@ def _unary_backward(op):
 def _reduce(kernel):
     def reduce(self, x, axes, keepdims):
         rows, _ = self._rows(x, axes)
-        y = self.empty(tuple(n for i, n in enumerate(x.shape) if i not in axes), x.dtype)
-        getattr(self.extension, kernel)(y.reshape(rows.shape[0], rows.shape[2]), rows)
-        return y.reshape([1 if i in axes else n for i, n in enumerate(x.shape)]) if keepdims else y
+        if keepdims:
+            shape = tuple([1 if i in axes else n for i, n in enumerate(x.shape)])
+        else:
+            shape = tuple([n for i, n in enumerate(x.shape) if i not in axes])
+        y = self.empty(shape, x.dtype)
+        getattr(self.extension, kernel)(y, rows)
+        return y
 
     return reduce
 
@@ -72,6 +74,7 @@ class Adapter:
 
     def __init__(self, name, xp, extension, empty):
         self.name, self.xp, self.extension, self.empty = name, xp, extension, empty
+        self.array = xp.ndarray
 
     def contiguous(self, x):
         if x.flags.c_contiguous:
@@ -85,7 +88,7 @@ class Adapter:
 
     def _operand(self, a):
         """An operand of an elementwise op: a NumPy scalar array () becomes the device's."""
-        if isinstance(a, self.xp.ndarray):
+        if isinstance(a, self.array):
             return a
         y = self.empty((), a.dtype)
         self.extension.fill(y, float(a))
@@ -133,7 +136,7 @@ class Adapter:
 
     def broadcast_to(self, x, shape):
         y = self.empty(shape, x.dtype)
-        self.extension.copy(y, self.xp.broadcast_to(self._operand(x), shape))
+        self.extension.copy(y, self._operand(x))
         return y
 
     def pad(self, x, widths, value):
@@ -167,11 +170,12 @@ class Adapter:
     def _rows(self, x, axes):
         """x as dense (outer, n, inner) with n over `axes`; and the order of x's axes in it."""
         first, end = (axes[0], axes[-1] + 1) if axes else (0, 0)
-        order = list(range(x.ndim))
+        order = range(x.ndim)
         if end - first != len(axes):  # not neighbours: bring them to the front
             order = [*axes, *(i for i in order if i not in axes)]
             x, first, end = x.transpose(order), 0, len(axes)
-        shape = math.prod(x.shape[:first]), math.prod(x.shape[first:end]), math.prod(x.shape[end:])
+        sizes = x.shape
+        shape = math.prod(sizes[:first]), math.prod(sizes[first:end]), math.prod(sizes[end:])
         return self.contiguous(x).reshape(shape), order
 
     sum, max = _reduce("sum"), _reduce("max")
@@ -186,6 +190,8 @@ class Adapter:
         return self.contiguous(dx.transpose([order.index(i) for i in range(x.ndim)]))
 
     def sum_to(self, x, shape):
+        if x.shape == shape:
+            return x
         lead = x.ndim - len(shape)
         axes = tuple(range(lead)) + tuple(lead + i for i, n in enumerate(shape) if n == 1 and x.shape[lead + i] != 1)
         return self.sum(x, axes, True).reshape(shape) if axes else x
@@ -197,6 +203,10 @@ class Adapter:
             a = a.swapaxes(-1, -2)
         if transpose_b:
             b = b.swapaxes(-1, -2)
+        if a.ndim == b.ndim == 2:
+            y = self.empty((a.shape[0], b.shape[1]), a.dtype)
+            self.extension.matmul(y, a, b)
+            return y
         batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
         y = self.empty((*batch, a.shape[-2], b.shape[-1]), a.dtype)
         rows = y.reshape(math.prod(batch), *y.shape[-2:])
@@ -213,14 +223,26 @@ class Adapter:
 
     def _algorithm(self):
         known, chosen = self.extension.conv_algorithms, options().conv
-        rule = f"on {self.name} the option conv is one of {', '.join(known)}"
-        expect(chosen in known, "conv2d", rule, ArgumentError, conv=chosen)
+        if chosen not in known:
+            rule = f"on {self.name} the option conv is one of {', '.join(known)}"
+            fail("conv2d", rule, ArgumentError, conv=chosen)
         return chosen
+
+    def _conv2d_output(self, x, w, stride, padding):
+        return self.empty((x.shape[0], *output_size(x.shape, w.shape[:2], stride, padding), w.shape[3]), x.dtype)
 
     def conv2d_forward(self, x, w, stride, padding):
         algorithm = self._algorithm()
-        y = self.empty((x.shape[0], *output_size(x.shape, w.shape[:2], stride, padding), w.shape[3]), x.dtype)
+        y = self._conv2d_output(x, w, stride, padding)
         self.extension.conv2d_forward(y, self.contiguous(x), self.contiguous(w), stride, padding, algorithm)
+        return y
+
+    def conv2d_bias_forward(self, x, w, b, residual, relu, stride, padding):
+        algorithm = self._algorithm()
+        y = self._conv2d_output(x, w, stride, padding)
+        x, w, b = self.contiguous(x), self.contiguous(w), self.contiguous(b)
+        residual = residual if residual is None else self.contiguous(residual)
+        self.extension.conv2d_bias_forward(y, x, w, b, residual, relu, stride, padding, algorithm)
         return y
 
     def conv2d_backward_input(self, dy, w, x_shape, stride, padding):

@@ -8,6 +8,13 @@ def add_relu(self, a, b):
     return self.relu(self.add(a, b))
 
 
+def conv2d_bias_forward(self, x, w, b, residual, relu, stride, padding):
+    y = self.add(self.conv2d_forward(x, w, stride, padding), b)
+    if residual is not None:
+        y = self.add(y, residual)
+    return self.relu(y) if relu else y
+
+
 def batch_norm_relu_forward(self, x, gamma, beta, running_mean, running_var, momentum, eps):
     z, mean, inv_std = self.batch_norm_forward(x, gamma, beta, running_mean, running_var, momentum, eps)
     return self.relu(z), mean, inv_std

@@ -7,15 +7,10 @@ The pool itself is csrc/memory.cpp, because kernels take their scratch from it t
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import DTypeLike
-
 from tinyres import _cpu
 
-
-def empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """An uninitialised dense array (64-byte aligned) of `shape`, a tuple, and `dtype`."""
-    return _cpu.empty(shape, dtype)
+# (shape, dtype) -> an uninitialised dense array, 64-byte aligned. Every output of every op is taken by this.
+empty = _cpu.empty
 
 
 def stats() -> dict[str, int]:

@@ -187,7 +187,8 @@ def _inner(padded, shape, padding):
 
 
 def output_size(shape, window, stride, padding):
-    return tuple((n + 2 * p - w) // s + 1 for n, w, s, p in zip(shape[1:3], window, stride, padding, strict=True))
+    _, H, W, _ = shape
+    return (H + 2 * padding[0] - window[0]) // stride[0] + 1, (W + 2 * padding[1] - window[1]) // stride[1] + 1
 
 
 def conv2d_forward(x, w, stride, padding):

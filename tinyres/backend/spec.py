@@ -20,7 +20,7 @@ MANDATORY = {
     "maximum": "(a, b) -> the larger; NaN where either is NaN",
     "pow_backward": "(dy, a, b, y) -> da, db, in dy's shape; a, b, y broadcast to it. db is 0 where a is 0",
     "maximum_backward": "(dy, a, b) -> da, db, in dy's shape; a tie gives each half, NaN neither",
-    "accumulate": "(total, x) -> total, with x added to it in place; same shapes",
+    "accumulate": "(total, x) -> total, with x, which may broadcast to it, added to it in place",
     "neg": "(x) -> -x",
     "exp": "(x) -> e ** x",
     "log": "(x) -> natural logarithm",
@@ -78,6 +78,8 @@ MANDATORY = {
 
 FUSED = {
     "add_relu": "(a, b) -> relu(a + b), same shapes; its backward is relu_backward",
+    "conv2d_bias_forward": "(x, w, b, residual, relu, stride, padding) -> conv2d_forward + b, plus residual (None or "
+    "in y's shape), through relu where `relu`",
     "batch_norm_relu_forward": "(x, gamma, beta, running_mean, running_var, momentum, eps) -> y, mean, inv_std",
     "batch_norm_relu_backward": "(dy, x, y, gamma, mean, inv_std) -> dx, dgamma, dbeta",
     "batch_norm_relu_inference": "(x, gamma, beta, mean, var, eps) -> y",

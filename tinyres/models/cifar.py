@@ -8,10 +8,11 @@ filters        16        32        64
 from __future__ import annotations
 
 from tinyres.errors import ArgumentError, expect
-from tinyres.nn import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, ReLU, Residual, Sequential, shortcut
+from tinyres.models.blocks import basic, stages
+from tinyres.nn import BatchNorm2d, Conv2d, GlobalAvgPool2d, Linear, ReLU, Sequential
 from tinyres.ops import checks
 
-WIDTHS = (16, 32, 64)
+FILTERS = (16, 32, 64)
 
 
 def cifar_resnet(depth: int, shortcut: str = "A", plain: bool = False, num_classes: int = 10) -> Sequential:
@@ -25,29 +26,13 @@ def cifar_resnet(depth: int, shortcut: str = "A", plain: bool = False, num_class
     op = "cifar_resnet"
     depth = checks.integer(op, "depth", depth, 1)
     expect(depth >= 8 and depth % 6 == 2, op, "depth must be 6n + 2: 8, 14, 20, 26, ...", ArgumentError, depth=depth)
-    plain = checks.flag(op, "plain", plain)
-    known = isinstance(shortcut, str) and shortcut in ("A", "B", "C")
-    expect(known, op, "the shortcut must be A, B or C", ArgumentError, shortcut=shortcut)
+    option = None if checks.flag(op, "plain", plain) else checks.choice(op, "shortcut", shortcut, ("A", "B", "C"))
     num_classes = checks.integer(op, "num_classes", num_classes, 1)
-    layers = [Conv2d(3, WIDTHS[0], 3, padding=1), BatchNorm2d(WIDTHS[0]), ReLU()]
-    channels = WIDTHS[0]
-    for width in WIDTHS:
-        for i in range((depth - 2) // 6):
-            stride = 2 if i == 0 and width != WIDTHS[0] else 1
-            layers += _unit(channels, width, stride, None if plain else shortcut)
-            channels = width
-    return Sequential(*layers, GlobalAvgPool2d(), Linear(channels, num_classes))
-
-
-def _unit(in_channels, width, stride, option):
-    """Two 3x3 convolutions; a residual unit, or plain layers where `option` is None."""
-    branch = [
-        Conv2d(in_channels, width, 3, stride, padding=1),
-        BatchNorm2d(width),
+    return Sequential(
+        Conv2d(3, FILTERS[0], 3, padding=1),
+        BatchNorm2d(FILTERS[0]),
         ReLU(),
-        Conv2d(width, width, 3, padding=1),
-        BatchNorm2d(width),
-    ]
-    if option is None:
-        return [*branch, ReLU()]
-    return [Residual(*branch, shortcut=shortcut(option, in_channels, width, stride))]
+        *stages(FILTERS[0], FILTERS, [(depth - 2) // 6] * 3, basic, option),
+        GlobalAvgPool2d(),
+        Linear(FILTERS[-1], num_classes),
+    )

@@ -1,7 +1,15 @@
 """Layers and networks."""
 
 from tinyres.nn import init
-from tinyres.nn.fuse import BatchNormAddReLU2d, BatchNormReLU2d, FusedResidual, fuse
+from tinyres.nn.fuse import (
+    BatchNormAddReLU2d,
+    BatchNormReLU2d,
+    Conv2dAddReLU,
+    Conv2dReLU,
+    FusedResidual,
+    fold_batch_norm,
+    fuse,
+)
 from tinyres.nn.layers import (
     AvgPool2d,
     BatchNorm2d,
@@ -18,7 +26,7 @@ from tinyres.nn.module import Module, Parameter, Sequential
 from tinyres.nn.residual import Residual, ZeroPadShortcut, shortcut
 
 __all__ = [
-    "AvgPool2d", "BatchNorm2d", "BatchNormAddReLU2d", "BatchNormReLU2d", "Conv2d", "Dropout", "Flatten",
-    "FusedResidual", "GlobalAvgPool2d", "Identity", "Linear", "MaxPool2d", "Module", "Parameter", "ReLU", "Residual",
-    "Sequential", "ZeroPadShortcut", "fuse", "init", "shortcut",
+    "AvgPool2d", "BatchNorm2d", "BatchNormAddReLU2d", "BatchNormReLU2d", "Conv2d", "Conv2dAddReLU", "Conv2dReLU",
+    "Dropout", "Flatten", "FusedResidual", "GlobalAvgPool2d", "Identity", "Linear", "MaxPool2d", "Module", "Parameter",
+    "ReLU", "Residual", "Sequential", "ZeroPadShortcut", "fold_batch_norm", "fuse", "init", "shortcut",
 ]  # fmt: skip

@@ -91,8 +91,9 @@ class Module:
 
     def __getattr__(self, name: str) -> Any:
         for table in ("_parameters", "_buffers", "_modules"):
-            if name in self.__dict__.get(table, ()):
-                return self.__dict__[table][name]
+            held = self.__dict__.get(table)
+            if held and name in held:
+                return held[name]
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def register_buffer(self, name: str, array: Array) -> None:

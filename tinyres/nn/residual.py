@@ -7,6 +7,7 @@ from tinyres.autograd import Tensor
 from tinyres.errors import ArgumentError, DtypeError, expect
 from tinyres.nn.layers import BatchNorm2d, Conv2d, ReLU
 from tinyres.nn.module import Module, Sequential
+from tinyres.ops import checks
 
 _RELU = ReLU()  # stands for the default: each unit gets a ReLU of its own
 
@@ -90,8 +91,7 @@ def shortcut(option: str, in_channels: int, out_channels: int, stride: int) -> M
             "C": a projection everywhere
     Raises ArgumentError for another option.
     """
-    known = isinstance(option, str) and option in ("A", "B", "C")
-    expect(known, "shortcut", "the shortcut must be A, B or C", ArgumentError, shortcut=option)
+    option = checks.choice("shortcut", "option", option, ("A", "B", "C"))
     if option != "C" and stride == 1 and in_channels == out_channels:
         return None
     if option == "A":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from tinyres.autograd import Function, Tensor
 from tinyres.backend import Array
-from tinyres.errors import ArgumentError, DeviceError, DtypeError, expect
+from tinyres.errors import ArgumentError, DeviceError, DtypeError, expect, fail
 from tinyres.ops import checks
 
 
@@ -135,38 +135,33 @@ def batch_norm_add_relu(
 def _check(op, x, gamma, beta, running_mean, running_var, training, momentum, eps):
     checks.operands(op, x=x, gamma=gamma, beta=beta)
     training = checks.flag(op, "training", training)
-    expect(x.ndim >= 2 and x.size > 0, op, "x must be (..., C) with no empty axis", x=x.shape)
-    channels = x.shape[-1:]
-    expect(
-        gamma.shape == channels and beta.shape == channels,
-        op,
-        "gamma and beta must have one value per channel",
-        x=x.shape,
-        gamma=gamma.shape,
-        beta=beta.shape,
-    )
-    expect(
-        (running_mean is None) == (running_var is None), op, "give both running statistics or neither", ArgumentError
-    )
+    shape = x.shape
+    if len(shape) < 2 or x.size == 0:
+        fail(op, "x must be (..., C) with no empty axis", x=shape)
+    channels = shape[-1:]
+    if gamma.shape != channels or beta.shape != channels:
+        fail(op, "gamma and beta must have one value per channel", x=shape, gamma=gamma.shape, beta=beta.shape)
+    if (running_mean is None) != (running_var is None):
+        fail(op, "give both running statistics or neither", ArgumentError)
     if running_mean is not None:
-        for name, array in (("running_mean", running_mean), ("running_var", running_var)):
-            expect(
-                x.device.owns(array),
-                op,
-                f"{name} must be an array of x's device",
-                DeviceError,
-                **{name: type(array).__name__},
-            )
-            expect(
-                array.shape == channels, op, f"{name} must have one value per channel", x=x.shape, **{name: array.shape}
-            )
-            expect(
-                array.dtype == x.dtype, op, f"{name} must have x's dtype", DtypeError, x=x.dtype, **{name: array.dtype}
-            )
-            writable = not training or (array.flags.c_contiguous and getattr(array.flags, "writeable", True))
-            expect(writable, op, f"{name} must be dense and writable", ArgumentError)
-    expect(training or running_mean is not None, op, "running statistics are needed outside of training", ArgumentError)
-    expect(not training or x.size > x.shape[-1], op, "training needs more than one value per channel", x=x.shape)
+        _check_statistic(op, "running_mean", running_mean, x, training)
+        _check_statistic(op, "running_var", running_var, x, training)
+    elif not training:
+        fail(op, "running statistics are needed outside of training", ArgumentError)
+    if training and x.size == shape[-1]:
+        fail(op, "training needs more than one value per channel", x=shape)
     momentum, eps = checks.fraction(op, "momentum", momentum, one=True), checks.real(op, "eps", eps)
-    expect(eps > 0, op, "eps must be positive", ArgumentError, eps=eps)
+    if eps <= 0:
+        fail(op, "eps must be positive", ArgumentError, eps=eps)
     return {"running": (running_mean, running_var), "training": training, "momentum": momentum, "eps": eps}
+
+
+def _check_statistic(op, name, array, x, training):
+    if not x.device.owns(array):
+        fail(op, f"{name} must be an array of x's device", DeviceError, **{name: type(array).__name__})
+    if array.shape != x.shape[-1:]:
+        fail(op, f"{name} must have one value per channel", x=x.shape, **{name: array.shape})
+    if array.dtype != x.dtype:
+        fail(op, f"{name} must have x's dtype", DtypeError, x=x.dtype, **{name: array.dtype})
+    if training and not (array.flags.c_contiguous and getattr(array.flags, "writeable", True)):
+        fail(op, f"{name} must be dense and writable", ArgumentError)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numbers
 import operator
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tinyres.autograd import FLOATS, Tensor
-from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, expect
+from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, expect, fail
+
+C = TypeVar("C", int, str)
 
 Pair = int | tuple[int, int]  # one for both, or (height, width)
 
@@ -21,29 +23,30 @@ MAX_RANK = 16  # of arrays
 
 def operands(op: str, **tensors: Tensor) -> None:
     """Each is a float32 or float64 Tensor, and all have one dtype and one device."""
-    first = None
+    dtype: Any = None
+    device: Any = None
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise DtypeError(f"[{op}] {name} must be a Tensor; got {type(x).__name__}")
-        if first is None:
-            first = x
-            if x.dtype not in FLOATS:
-                raise DtypeError(f"[{op}] {name} must be float32 or float64; got dtype {x.dtype}")
-        elif x.dtype != first.dtype:
+        if device is None:
+            dtype, device = x._data.dtype, x.device
+            if dtype not in FLOATS:
+                raise DtypeError(f"[{op}] {name} must be float32 or float64; got dtype {dtype}")
+        elif x._data.dtype != dtype:
             got = ", ".join(f"{n} {t.dtype}" for n, t in tensors.items() if isinstance(t, Tensor))
             raise DtypeError(f"[{op}] operands must have one dtype; got {got}")
-        elif x.device is not first.device:
+        elif x.device is not device:
             got = ", ".join(f"{n} {t.device}" for n, t in tensors.items() if isinstance(t, Tensor))
             raise DeviceError(f"[{op}] operands must be on one device; got {got}")
 
 
 def tensors(op: str, a: Any, b: Any) -> tuple[Tensor, Tensor]:
     """`a` and `b` as Tensors: one of them may be a number, which takes the other's dtype, or an array."""
-    one = isinstance(a, Tensor) or isinstance(b, Tensor)
-    expect(one, op, "an operand must be a Tensor", DtypeError, a=type(a).__name__, b=type(b).__name__)
-    if not isinstance(a, Tensor):
-        return _constant(op, a, b), b
-    return a, b if isinstance(b, Tensor) else _constant(op, b, a)
+    if isinstance(a, Tensor):
+        return a, b if isinstance(b, Tensor) else _constant(op, b, a)
+    if not isinstance(b, Tensor):
+        fail(op, "an operand must be a Tensor", DtypeError, a=type(a).__name__, b=type(b).__name__)
+    return _constant(op, a, b), b
 
 
 def _constant(op, value, like):
@@ -60,8 +63,9 @@ def _constant(op, value, like):
 
 def rank(op: str, name: str, x: Tensor, letters: str | tuple[str, ...]) -> None:
     """`x` has one axis per letter of `letters`, such as "NHWC", and none of them is empty."""
-    if x.ndim != len(letters) or 0 in x.shape:
-        raise ShapeError(f"[{op}] {name} must be ({', '.join(letters)}) with no empty axis; got {name} {x.shape}")
+    shape = x._data.shape
+    if len(shape) != len(letters) or 0 in shape:
+        raise ShapeError(f"[{op}] {name} must be ({', '.join(letters)}) with no empty axis; got {name} {shape}")
 
 
 def integer(op: str, name: str, value: Any, minimum: int, limit: int = LIMIT) -> int:
@@ -70,17 +74,17 @@ def integer(op: str, name: str, value: Any, minimum: int, limit: int = LIMIT) ->
         whole = operator.index(value)
     except TypeError:
         raise DtypeError(f"[{op}] {name} must be an integer; got {name} {value!r}") from None
-    valid = minimum <= whole < limit and not isinstance(value, bool)
-    expect(valid, op, f"{name} must be at least {minimum} and below {limit}", ArgumentError, **{name: value})
+    if not minimum <= whole < limit or isinstance(value, bool):
+        fail(op, f"{name} must be at least {minimum} and below {limit}", ArgumentError, **{name: value})
     return whole
 
 
 def pair(op: str, name: str, value: Any, minimum: int) -> tuple[int, int]:
     """An integer, or one for height and one for width, as a pair of ints of at least `minimum`."""
     if isinstance(value, (tuple, list)):
-        expect(len(value) == 2, op, f"{name} must be an integer or a pair", ArgumentError, **{name: value})
-        high, wide = (integer(op, name, n, minimum, WINDOW_LIMIT) for n in value)
-        return high, wide
+        if len(value) != 2:
+            fail(op, f"{name} must be an integer or a pair", ArgumentError, **{name: value})
+        return integer(op, name, value[0], minimum, WINDOW_LIMIT), integer(op, name, value[1], minimum, WINDOW_LIMIT)
     return (integer(op, name, value, minimum, WINDOW_LIMIT),) * 2
 
 
@@ -89,49 +93,56 @@ def fits(
 ) -> tuple[int, int]:
     """The padded image is at least as large as the window; returns the output size (P, Q)."""
     H, W = shape[1] + 2 * padding[0], shape[2] + 2 * padding[1]
-    expect(
-        window[0] <= H and window[1] <= W,
-        op,
-        "the window must fit into the padded image",
-        x=shape,
-        window=window,
-        padding=padding,
-    )
+    if window[0] > H or window[1] > W:
+        fail(op, "the window must fit into the padded image", x=shape, window=window, padding=padding)
     P, Q = (H - window[0]) // stride[0] + 1, (W - window[1]) // stride[1] + 1
-    expect(shape[0] * P * Q < LIMIT, op, "the result is too large", x=shape, window=window, padding=padding)
+    if shape[0] * P * Q >= LIMIT:
+        fail(op, "the result is too large", x=shape, window=window, padding=padding)
     return P, Q
 
 
 def fraction(op: str, name: str, value: Any, one: bool = False) -> float:
     """`value` as a float in [0, 1), or [0, 1] where `one`."""
     number = real(op, name, value)
-    valid = 0 <= number < 1 or (one and number == 1)
-    expect(valid, op, f"{name} must be in [0, 1{']' if one else ')'}", ArgumentError, **{name: value})
+    if not (0 <= number < 1 or (one and number == 1)):
+        fail(op, f"{name} must be in [0, 1{']' if one else ')'}", ArgumentError, **{name: value})
     return number
 
 
 def real(op: str, name: str, value: Any) -> float:
     """`value` as a finite float."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
-    valid = number and -sys.float_info.max <= value <= sys.float_info.max
-    expect(valid, op, f"{name} must be a finite number", ArgumentError, **{name: repr(value)})
+    number = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)))
+    if not number or not -sys.float_info.max <= value <= sys.float_info.max:
+        fail(op, f"{name} must be a finite number", ArgumentError, **{name: repr(value)})
     return float(value)
 
 
 def flag(op: str, name: str, value: Any) -> bool:
     """`value`, True or False, as a bool."""
-    expect(isinstance(value, (bool, np.bool_)), op, f"{name} must be True or False", DtypeError, **{name: repr(value)})
+    if not isinstance(value, (bool, np.bool_)):
+        fail(op, f"{name} must be True or False", DtypeError, **{name: repr(value)})
     return bool(value)
+
+
+def choice(op: str, name: str, value: C, choices: tuple[C, ...]) -> C:
+    """`value`, which must be one of `choices`."""
+    known = type(value) in {type(c) for c in choices} and value in choices
+    expect(known, op, f"{name} must be one of {', '.join(map(str, choices))}", ArgumentError, **{name: value})
+    return value
 
 
 def axes(op: str, axis: Any, ndim: int) -> tuple[int, ...]:
     """None, an int or a sequence of ints as a sorted tuple of distinct axes in 0 .. ndim-1."""
     if axis is None:
         return tuple(range(ndim))
+    if type(axis) is int and -ndim <= axis < ndim:
+        return (axis % ndim,)
     chosen = []
     for a in axis if isinstance(axis, (tuple, list)) else (axis,):
         a = integer(op, "axis", a, -ndim)
-        expect(a < ndim, op, "axis must exist", axis=axis, ndim=ndim)
+        if a >= ndim:
+            fail(op, "axis must exist", axis=axis, ndim=ndim)
         chosen.append(a % ndim)
-    expect(len(set(chosen)) == len(chosen), op, "an axis may be named once", axis=axis)
+    if len(set(chosen)) != len(chosen):
+        fail(op, "an axis may be named once", axis=axis)
     return tuple(sorted(chosen))

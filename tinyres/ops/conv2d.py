@@ -1,4 +1,4 @@
-"""2-D convolution (cross-correlation), NHWC activations and RSCK weights.
+"""2-D convolution (cross-correlation), NHWC activations and RSCK weights; plain and fused with what follows it.
 
 y[n, p, q, k] = sum over r, s, c of x[n, p sh + r - ph, q sw + s - pw, c] w[r, s, c, k]  (+ b[k])
 
@@ -8,9 +8,10 @@ The gradients are derived beside the kernels, in csrc/cpu/conv2d.cpp.
 from __future__ import annotations
 
 from tinyres.autograd import Function, Tensor
-from tinyres.errors import expect
+from tinyres.errors import fail
 from tinyres.ops import checks
 from tinyres.ops.checks import Pair
+from tinyres.ops.elementwise import add, relu
 
 
 class Conv2d(Function):
@@ -18,19 +19,46 @@ class Conv2d(Function):
 
     def forward(self, x, w, b, stride, padding):
         self.saved = x, w, stride, padding
-        y = self.kernels.conv2d_forward(x, w, stride, padding)
-        return y if b is None else self.kernels.add(y, b)
+        if b is None:
+            return self.kernels.conv2d_forward(x, w, stride, padding)
+        return self.kernels.conv2d_bias_forward(x, w, b, None, False, stride, padding)
 
     def backward(self, dy):
-        x, w, stride, padding = self.saved
+        return self._gradients(dy, self.needs, *self.saved)
+
+    def _gradients(self, dy, needs, x, w, stride, padding):
         dx = dw = db = None
-        if self.needs[0]:
+        if needs[0]:
             dx = self.kernels.conv2d_backward_input(dy, w, x.shape, stride, padding)
-        if self.needs[1]:
+        if needs[1]:
             dw = self.kernels.conv2d_backward_weight(dy, x, w.shape, stride, padding)
-        if self.needs[2]:
+        if needs[2]:
             db = self.kernels.sum(dy, (0, 1, 2), False)
         return dx, dw, db
+
+
+class Conv2dReLU(Conv2d):
+    def forward(self, x, w, b, stride, padding):
+        y = self.kernels.conv2d_bias_forward(x, w, b, None, True, stride, padding)
+        self.saved = y, x, w, stride, padding
+        return y
+
+    def backward(self, dy):
+        y, *saved = self.saved
+        return self._gradients(self.kernels.relu_backward(dy, y), self.needs, *saved)
+
+
+class Conv2dAddReLU(Conv2d):
+    def forward(self, x, residual, w, b, stride, padding):
+        y = self.kernels.conv2d_bias_forward(x, w, b, residual, True, stride, padding)
+        self.saved = y, x, w, stride, padding
+        return y
+
+    def backward(self, dy):
+        y, *saved = self.saved
+        dresidual = self.kernels.relu_backward(dy, y)
+        dx, dw, db = self._gradients(dresidual, (self.needs[0], *self.needs[2:]), *saved)
+        return dx, dresidual, dw, db
 
 
 def conv2d(x: Tensor, w: Tensor, b: Tensor | None = None, stride: Pair = 1, padding: Pair = 0) -> Tensor:
@@ -43,13 +71,45 @@ def conv2d(x: Tensor, w: Tensor, b: Tensor | None = None, stride: Pair = 1, padd
     Returns (N, (H + 2 padding - R) // stride + 1, (W + 2 padding - S) // stride + 1, K).
     Raises ShapeError, DtypeError, DeviceError or ArgumentError for what does not fit.
     """
-    checks.operands("conv2d", x=x, w=w, **({} if b is None else {"b": b}))
-    checks.rank("conv2d", "x", x, "NHWC")
-    checks.rank("conv2d", "w", w, "RSCK")
-    expect(x.shape[3] == w.shape[2], "conv2d", "input channels of x and w must agree", x=x.shape, w=w.shape)
-    if b is not None:
-        expect(b.shape == w.shape[3:], "conv2d", "b must have one value per filter", w=w.shape, b=b.shape)
-    stride, padding = checks.pair("conv2d", "stride", stride, 1), checks.pair("conv2d", "padding", padding, 0)
-    P, Q = checks.fits("conv2d", x.shape, w.shape[:2], stride, padding)
-    expect(x.shape[0] * P * Q * w.shape[3] < checks.LIMIT, "conv2d", "the result is too large", x=x.shape, w=w.shape)
+    stride, padding, _ = _check("conv2d", x, w, b, stride, padding)
     return Conv2d.apply(x, w, b, stride=stride, padding=padding)
+
+
+def conv2d_relu(x: Tensor, w: Tensor, b: Tensor, stride: Pair = 1, padding: Pair = 0) -> Tensor:
+    """relu(conv2d(x, w, b)), with one pass over what the convolution gives; arguments and errors of `conv2d`."""
+    stride, padding, _ = _check("conv2d_relu", x, w, b, stride, padding)
+    return Conv2dReLU.apply(x, w, b, stride=stride, padding=padding)
+
+
+def conv2d_add_relu(x: Tensor, residual: Tensor, w: Tensor, b: Tensor, stride: Pair = 1, padding: Pair = 0) -> Tensor:
+    """relu(conv2d(x, w, b) + residual), with one pass over what the convolution gives.
+
+    `residual` is added as by `+`; in the same pass where it has the shape of the result. Otherwise as `conv2d_relu`.
+    """
+    op = "conv2d_add_relu"
+    checks.operands(op, x=x, residual=residual)
+    stride, padding, shape = _check(op, x, w, b, stride, padding)
+    if residual.shape != shape:
+        return relu(add(Conv2d.apply(x, w, b, stride=stride, padding=padding), residual))
+    return Conv2dAddReLU.apply(x, residual, w, b, stride=stride, padding=padding)
+
+
+def _check(op, x, w, b, stride, padding):
+    """Stride and padding as pairs, and the shape of the result."""
+    if b is None and op == "conv2d":
+        checks.operands(op, x=x, w=w)
+    else:
+        checks.operands(op, x=x, w=w, b=b)
+    checks.rank(op, "x", x, "NHWC")
+    checks.rank(op, "w", w, "RSCK")
+    x_shape, w_shape = x.shape, w.shape
+    if x_shape[3] != w_shape[2]:
+        fail(op, "input channels of x and w must agree", x=x_shape, w=w_shape)
+    if b is not None and b.shape != w_shape[3:]:
+        fail(op, "b must have one value per filter", w=w_shape, b=b.shape)
+    stride, padding = checks.pair(op, "stride", stride, 1), checks.pair(op, "padding", padding, 0)
+    P, Q = checks.fits(op, x_shape, w_shape[:2], stride, padding)
+    shape = x_shape[0], P, Q, w_shape[3]
+    if shape[0] * P * Q * shape[3] >= checks.LIMIT:
+        fail(op, "the result is too large", x=x_shape, w=w_shape)
+    return stride, padding, shape

@@ -14,7 +14,7 @@ def _operands(op, a, b):
     """`a` and `b` as Tensors that broadcast together: a number takes the other's dtype and device."""
     a, b = checks.tensors(op, a, b)
     checks.operands(op, a=a, b=b)
-    if a.shape != b.shape:
+    if a._data.shape != b._data.shape:
         try:
             np.broadcast_shapes(a.shape, b.shape)
         except ValueError:

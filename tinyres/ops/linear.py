@@ -6,7 +6,7 @@ import numpy as np
 
 from tinyres.autograd import Function, Tensor
 from tinyres.backend import Array
-from tinyres.errors import ShapeError, expect
+from tinyres.errors import ShapeError, fail
 from tinyres.ops import checks
 
 
@@ -29,7 +29,7 @@ class Linear(Function):
     def forward(self, x, w, b):
         self.saved = x, w
         y = self.kernels.matmul(x, w)
-        return y if b is None else self.kernels.add(y, b)
+        return y if b is None else self.kernels.accumulate(y, b)
 
     def backward(self, dy):
         k, (x, w) = self.kernels, self.saved
@@ -45,21 +45,28 @@ def matmul(a: Tensor | Array, b: Tensor | Array) -> Tensor:
     """
     a, b = checks.tensors("matmul", a, b)
     checks.operands("matmul", a=a, b=b)
-    expect(a.ndim >= 2 and b.ndim >= 2, "matmul", "operands must have at least two axes", a=a.shape, b=b.shape)
-    expect(a.shape[-1] == b.shape[-2], "matmul", "columns of a and rows of b must agree", a=a.shape, b=b.shape)
-    try:
-        np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    except ValueError:
-        raise ShapeError(f"[matmul] leading axes must broadcast; got a {a.shape}, b {b.shape}") from None
+    if a.ndim < 2 or b.ndim < 2:
+        fail("matmul", "operands must have at least two axes", a=a.shape, b=b.shape)
+    if a.shape[-1] != b.shape[-2]:
+        fail("matmul", "columns of a and rows of b must agree", a=a.shape, b=b.shape)
+    if a.ndim > 2 or b.ndim > 2:
+        try:
+            np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        except ValueError:
+            raise ShapeError(f"[matmul] leading axes must broadcast; got a {a.shape}, b {b.shape}") from None
     return MatMul.apply(a, b)
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x @ w + b for x (N, in), w (in, out), b (out,) or None: (N, out). Raises ShapeError where they do not fit."""
-    checks.operands("linear", x=x, w=w, **({} if b is None else {"b": b}))
+    if b is None:
+        checks.operands("linear", x=x, w=w)
+    else:
+        checks.operands("linear", x=x, w=w, b=b)
     checks.rank("linear", "x", x, ("N", "in"))
     checks.rank("linear", "w", w, ("in", "out"))
-    expect(x.shape[1] == w.shape[0], "linear", "columns of x and rows of w must agree", x=x.shape, w=w.shape)
-    if b is not None:
-        expect(b.shape == w.shape[1:], "linear", "b must be (out,)", w=w.shape, b=b.shape)
+    if x.shape[1] != w.shape[0]:
+        fail("linear", "columns of x and rows of w must agree", x=x.shape, w=w.shape)
+    if b is not None and b.shape != w.shape[1:]:
+        fail("linear", "b must be (out,)", w=w.shape, b=b.shape)
     return Linear.apply(x, w, b)

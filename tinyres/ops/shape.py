@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from tinyres.autograd import Function, Index, Tensor
-from tinyres.errors import ArgumentError, DtypeError, ShapeError, expect
+from tinyres.errors import ArgumentError, DtypeError, ShapeError, expect, fail
 from tinyres.ops import checks
 
 
@@ -67,12 +67,16 @@ def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
     """`x` in another shape of as many elements; one size may be -1. Raises ShapeError where that cannot be."""
     checks.operands("reshape", x=x)
     shape = tuple([checks.integer("reshape", "shape", n, -1) for n in _sequence("reshape", "shape", shape)])
-    expect(len(shape) <= checks.MAX_RANK, "reshape", f"at most {checks.MAX_RANK} axes", shape=shape)
+    if len(shape) > checks.MAX_RANK:
+        fail("reshape", f"at most {checks.MAX_RANK} axes", shape=shape)
+    if -1 not in shape and 0 not in shape and math.prod(shape) == x.size:
+        return Reshape.apply(x, shape=shape)
     known = math.prod([n for n in shape if n != -1])
     missing = shape.count(-1)
     fits = known == x.size if missing == 0 else missing == 1 and known > 0 and x.size % known == 0
     fits = fits and math.prod([max(n, 1) for n in shape]) < checks.LIMIT  # NumPy multiplies them before it sees a 0
-    expect(fits, "reshape", "the new shape must have as many elements", x=x.shape, shape=shape)
+    if not fits:
+        fail("reshape", "the new shape must have as many elements", x=x.shape, shape=shape)
     return Reshape.apply(x, shape=shape)
 
 
