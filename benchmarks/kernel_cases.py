@@ -108,6 +108,12 @@ def convolutions(n20, n50):
             lambda k, x, w, stride=stride, pad=pad: k.conv2d_forward(x, w, stride, pad),
             lambda torch, x, w, stride=stride, pad=pad: torch.conv2d(x, w, None, stride, pad),
             gives="image", **counts)
+        bias, residual = ("array", dy[-1:]), ("image", dy)
+        sizes = {**counts, "flops": counts["flops"] + 3 * math.prod(dy), "moved": counts["moved"] + 4 * math.prod(dy)}
+        yield Case("conv2d_bias_forward", label, [("image", x), ("weights", weights), bias, residual],
+            lambda k, x, w, b, r, stride=stride, pad=pad: k.conv2d_bias_forward(x, w, b, r, True, stride, pad),
+            lambda torch, x, w, b, r, stride=stride, pad=pad: torch.conv2d(x, w, b, stride, pad).add_(r).relu_(),
+            gives="image", **sizes)
         yield Case("conv2d_backward_input", label, [("image", dy), ("image", x), ("weights", weights)],
             lambda k, dy, x, w, stride=stride, pad=pad: k.conv2d_backward_input(dy, w, x.shape, stride, pad),
             lambda torch, dy, x, w, backward=backward: backward(torch, dy, x, w, [True, False, False])[0],

@@ -6,7 +6,8 @@
     python benchmarks/report.py --headlines FILE ...   # a line for each
     python benchmarks/report.py --roofline PNG FILE    # a plot of the kernels in FILE (needs matplotlib)
 
-README.md shows training runs and steps: of each kind of result (benchmark, depth, data, threads, machine) the newest.
+README.md shows training runs and steps: of each kind of result (benchmark, model, data, batch, threads, machine) the
+newest.
 """
 
 import argparse
@@ -30,7 +31,8 @@ def newest(folder):
         if result.get("benchmark") not in IN_README:
             continue
         machine = result["machine"]
-        kind = [result["benchmark"], result.get("depth", 0), result.get("dataset", ""), result.get("recipe", "")]
+        kind = [result["benchmark"], network(result), result.get("dataset", ""), result.get("recipe", "")]
+        kind += [result.get("inference", False), result.get("batch_size", 0)]
         kind += [machine.get("gpu", {}).get("name", ""), machine["cpu"], machine["threads"], machine["isa"]]
         kind = tuple(map(str, kind))
         if kind not in kinds or kinds[kind]["date"] <= result["date"]:
@@ -82,9 +84,18 @@ def train_step(result):
                 f"{peak:,} MiB",
             ]
         )
-    title = f"A training step of ResNet-{result['depth']}, batch {result['batch_size']}, float32{on_gpu(result)}:"
+    title = f"{what(result)} of {network(result)}, batch {result['batch_size']}, float32{on_gpu(result)}:"
     head = ["", "ms, median (20 to 80 %)", "images/s", "time over ours", "peak memory"]
     return f"{title}\n\n{table(head, rows)}"
+
+
+def network(result):
+    """`ResNet-20`; files from before there were other models have a depth."""
+    return result["model"].replace("resnet", "ResNet-") if "model" in result else f"ResNet-{result['depth']}"
+
+
+def what(result):
+    return "Inference" if result.get("inference") else "A training step"
 
 
 def on_gpu(result):
@@ -163,7 +174,8 @@ def winograd_error(result):
 
 def headline_train_step(result):
     ours = result["competitors"]["ours"]
-    text = f"ResNet-{result['depth']} step: {ours['ms']['median']:.4g} ms, {ours['images_per_second']:,} images/s"
+    text = f"{network(result)} {'inference' if result.get('inference') else 'step'}: "
+    text += f"{ours['ms']['median']:.4g} ms, {ours['images_per_second']:,} images/s"
     for name in ("eager", "compile"):
         if f"ratio_{name}" in result:
             text += f"; PyTorch {name} {result[f'ratio_{name}']:.2f}x that time"

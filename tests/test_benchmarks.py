@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tinyres
 from op_case import DEVICES
 from tinyres.backend import spec
 
@@ -19,7 +20,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import harness  # noqa: E402
 import kernel_cases  # noqa: E402
 import kernels  # noqa: E402
+import op_cost  # noqa: E402
 import report  # noqa: E402
+import train_step  # noqa: E402
 
 MEASURED = [device for device in DEVICES if device in kernels.IMAGES]
 LIMITS = {"fma_gflops": 100.0, "copy_gbs": 10.0}
@@ -96,7 +99,7 @@ def test_kernels_are_chosen_by_their_first_words():
         return {TINY[i].kernel for i in kernels.chosen(words, TINY)}
 
     assert names("add") == {"add", "add_relu"}
-    assert names("conv2d", "exp") == {"conv2d_forward", "conv2d_backward_input", "conv2d_backward_weight", "exp"}
+    assert names("conv2d_backward", "exp") == {"conv2d_backward_input", "conv2d_backward_weight", "exp"}
     assert names() == {case.kernel for case in TINY}
     with pytest.raises(SystemExit, match="con"):
         names("con")
@@ -180,6 +183,66 @@ def test_tables_of_limits_and_steps():
     step = {"benchmark": "train_step", **HEAD, "machine": machine(gpu=GPU), "device": "cuda", "depth": 20}
     step.update(batch_size=128, competitors=competitors)
     assert "| tinyres | 2.000 (1.500 to 2.500) | 1,000 | 1 | 7 MiB |" in report.render([step])
+
+
+def test_tables_of_models_and_of_inference():
+    step = {"benchmark": "train_step", **HEAD, "machine": machine(), "model": "resnet50", "inference": True}
+    step.update(batch_size=1, competitors={"ours": {"ms": SPREAD, "images_per_second": 9, "peak_resident_mib": 9}})
+    assert report.render([step]).startswith("Inference of ResNet-50, batch 1, float32:")
+    assert report.headline_train_step(step) == "ResNet-50 inference: 2 ms, 9 images/s"
+
+
+def test_operations_and_bytes_of_a_step():
+    x, w, y = (np.zeros(shape, np.float32) for shape in ((2, 5, 5, 3), (3, 3, 3, 4), (2, 3, 3, 4)))
+    flops = 2 * y.size * 27
+
+    def work(name, result, *args, **kwargs):
+        return train_step.work(name, args, kwargs, result)
+
+    assert work("conv2d_forward", y, x, w, (1, 1), (0, 0)) == (flops, x.nbytes + w.nbytes + y.nbytes)
+    assert work("conv2d_backward_input", x, y, w, x.shape, (1, 1), (0, 0))[0] == flops
+    assert work("conv2d_backward_weight", w, y, x, w.shape, (1, 1), (0, 0))[0] == flops
+    a, b = np.zeros((6, 5), np.float32), np.zeros((6, 7), np.float32)
+    assert work("matmul", np.zeros((5, 7)), a, b, transpose_a=True)[0] == 2 * 5 * 7 * 6
+    assert work("matmul", np.zeros((5, 6)), a.T, b, transpose_b=True)[0] == 2 * 5 * 6 * 6
+    assert work("sgd", None, [a, b], None, [a, b], [0.0], 0.1) == (0, 2 * (a.nbytes + b.nbytes))
+
+
+@pytest.mark.parametrize("inference", (False, True))
+def test_our_side_of_a_step(inference, tmp_path, capsys):
+    train_step.write_inputs(tmp_path / "inputs.npz", "resnet20", 2, inference)
+    with np.load(tmp_path / "inputs.npz") as file:
+        ours = train_step.Ours("resnet20", dict(file), 1, "cpu", inference)
+    first = ours.value(ours.step(0))
+    assert math.isfinite(first) and ours.value(ours.step(1)) != first
+    ours.reset()
+    assert ours.value(ours.step(0)) == pytest.approx(first, rel=1e-6)
+    profile = ours.profile(1)
+    assert ("sgd" in profile["kernels"]) != inference
+    convolution = profile["kernels"]["conv2d_bias_forward" if inference else "conv2d_forward"]
+    assert convolution["calls"] == 19 and convolution["flops"] > 0.99 * 2 * 2 * 40.5e6
+    assert 0 < sum(row["ms"] for row in profile["kernels"].values()) < profile["step_ms"] * 1.5
+    train_step.print_profile(profile, LIMITS)
+    assert "Python and everything else" in capsys.readouterr().out
+
+
+def test_a_busy_core_is_left_alone_again():
+    with train_step.busy_core(0) as process:
+        assert process.poll() is None
+    assert process.poll() is not None
+
+
+def test_the_cost_of_ops(monkeypatch):
+    monkeypatch.setattr(op_cost, "LINKS", 3)
+    monkeypatch.setattr(harness, "bind", lambda threads: None)
+    before = tinyres.options.current()
+    server = op_cost.Server()
+    try:
+        for op in server(dict(do="start", name="ours"))["ops"]:
+            record, sweep = server(dict(do="run", op=op, repeats=1))
+            assert record > 0 and sweep > 0
+    finally:
+        tinyres.options(**before)
 
 
 def test_table_of_pytorch_alone():

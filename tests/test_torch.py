@@ -37,7 +37,7 @@ if HAVE_TORCH:
     from torch.nn import functional as F
 
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "peers"))
-    from torch_resnet import CifarResNet, gradients_as_tinyres, load_tinyres
+    from torch_resnet import CifarResNet, ImageNetResNet, gradients_as_tinyres, load_tinyres
 
     @pytest.fixture(autouse=True)
     def few_threads():
@@ -175,6 +175,24 @@ if HAVE_TORCH:
         loss_torch.backward()
         for (name, parameter), gradient in zip(model.named_parameters(), gradients_as_tinyres(peer), strict=True):
             assert_same(parameter.grad, gradient, f"gradient of {name}")
+
+    @pytest.mark.parametrize("depth,shortcut", [(18, "B"), (18, "A"), (50, "B")])
+    def test_networks_for_imagenet(rng, depth, shortcut):
+        """Gradients in training, then folded inference, on smaller images."""
+        tinyres.manual_seed(depth)
+        model = tinyres.models.imagenet_resnet(depth, shortcut, num_classes=7).to(dtype=np.float64)
+        peer = load_tinyres(ImageNetResNet(depth, shortcut, 7).double(), model.state_dict())
+        assert sum(p.size for p in model.parameters()) == sum(p.numel() for p in peer.parameters())
+        x, labels = rng.standard_normal((3, 64, 64, 3)), rng.integers(0, 7, 3)
+        loss = ops.cross_entropy(tinyres.fuse(model)(tinyres.tensor(x)), labels)
+        loss_torch = F.cross_entropy(peer(nchw(torch.tensor(x))), torch.from_numpy(labels))
+        assert_same(loss, loss_torch, "loss")
+        loss.backward()
+        loss_torch.backward()
+        for (name, parameter), gradient in zip(model.named_parameters(), gradients_as_tinyres(peer), strict=True):
+            assert_same(parameter.grad, gradient, f"gradient of {name}", 1e-8)
+        y = tinyres.fold_batch_norm(model)(tinyres.tensor(x))
+        assert_same(y, peer.eval()(nchw(torch.tensor(x))), "folded inference")
 
     @pytest.mark.parametrize("depth,shortcut,plain", NETWORKS)
     def test_twenty_training_losses(rng, depth, shortcut, plain):
