@@ -23,14 +23,17 @@ constexpr int BLOCK = 16;
 // The two FMA ports need 8 to 10 sums in flight. 16 (24 in the weight gradient) leave room in 32 registers for the
 // weights that several pixels share; machines with 16 registers get half.
 #if TINYRES_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int TILE = 16, OUTER_CHANNELS = 8;
+constexpr int TILE = 16, OUTER_SUMS[2] = {16, 24};
 #else
-constexpr int TILE = 8, OUTER_CHANNELS = 4;
+constexpr int TILE = 12, OUTER_SUMS[2] = {12, 12};
 #endif
 constexpr int FILTER_VECTORS = 2;
 
+// Up to so many channels, a row of a window counts as one tap.
+constexpr i64 FEW_CHANNELS = 4;
+
 // Work is cut so that no machine of usual size idles at batch 1 and a scratch image stays in the L2 cache.
-constexpr i64 TASKS = 16, SCRATCH_BYTES = 512 << 10, PARTIAL_BYTES = 32 << 20;
+constexpr i64 TASKS = 16, FILTERS = 64, SCRATCH_BYTES = 512 << 10;
 
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
@@ -125,31 +128,39 @@ struct Blocks {
   i64 offset(i64 r, i64 column) const { return r * row() + column % stride * phase() + column / stride * BLOCK; }
 };
 
-// Fills blocks with the rows from row0 and the columns from column0 of an image (H, W, pixel), of each pixel the first
-// b.C elements, and with zeros outside of the image. The rest of the last channel block is left as it is.
+// What blocks are filled from: rows of elements in an array that ends at `end`, distances in elements. Columns are
+// `pixel` apart, and may overlap.
 template <class T>
-void fill_blocks(T* blocks, const Blocks& b, const T* image, i64 H, i64 W, i64 pixel, i64 row0, i64 column0) {
-  const Vec<T> zero{};
-  for (i64 row = 0; row < b.rows; row++) {
-    const bool row_inside = row0 + row >= 0 && row0 + row < H;
+struct Image {
+  const T *x, *end;
+  i64 rows, elements, row, pixel;
+};
+
+// Fills blocks with the rows from row0 on and the columns that begin at element `first`, each of b.C elements, and with
+// zeros outside of the image. What the last channel block of a column has beyond b.C may be anything.
+template <class T>
+void fill_blocks(T* blocks, const Blocks& b, const Image<T>& image, i64 row0, i64 first) {
+  const i64 step = b.stride * image.pixel, count = b.phase() / BLOCK;
+  for (i64 row = row0; row < row0 + b.rows; row++, blocks += b.row()) {
+    const i64 elements = row >= 0 && row < image.rows ? image.elements : 0;
+    const T* const from = image.x + row * image.row;
     for (i64 c = 0; c < b.C; c += BLOCK) {
       const i64 channels = least(BLOCK, b.C - c);
       for (i64 phase = 0; phase < b.stride; phase++) {
-        T* to = blocks + c / BLOCK * b.block() + row * b.row() + phase * b.phase();
-        const i64 count = b.phase() / BLOCK, first = column0 + phase;  // columns first, first + stride, ...
-        const Range valid = row_inside ? inside(count, first, b.stride, 0, W) : Range{count, count};
-        const T* from = image + ((row0 + row) * W + first) * pixel + c;
-        for (i64 i = 0; i < count; i++) {
-          T* at = to + i * BLOCK;
-          const T* pixel_at = from + i * b.stride * pixel;
-          if (i < valid.begin || i >= valid.end) {
-            for (int k = 0; k < BLOCK; k += LANES<T>) store(at + k, zero);
-          } else if (channels == BLOCK) {
-            for (int k = 0; k < BLOCK; k += LANES<T>) store(at + k, load(pixel_at + k));
-          } else {
-            for (i64 k = 0; k < channels; k++) at[k] = pixel_at[k];
-          }
-        }
+        T* const to = blocks + c / BLOCK * b.block() + phase * b.phase();
+        const i64 start = first + phase * image.pixel + c;  // columns at start, start + step, ...
+        // From begin to end a column lies in the row, and BLOCK elements of it in the array.
+        const i64 last = elements ? least(elements - channels, image.end - from - BLOCK) - start : -1;
+        const i64 begin = start < 0 ? least(count, ceil_div(-start, step)) : 0;
+        const i64 end = last < 0 ? begin : most(begin, least(count, last / step + 1));
+        const auto at_border = [&](i64 i) {
+          for (i64 k = 0, at = start + i * step; k < channels; k++, at++)
+            to[i * BLOCK + k] = at >= 0 && at < elements ? from[at] : 0;
+        };
+        for (i64 i = 0; i < begin; i++) at_border(i);
+        for (i64 i = begin; i < end; i++)
+          for (int k = 0; k < BLOCK; k += LANES<T>) store(to + i * BLOCK + k, load(from + start + i * step + k));
+        for (i64 i = end; i < count; i++) at_border(i);
       }
     }
   }
@@ -157,43 +168,64 @@ void fill_blocks(T* blocks, const Blocks& b, const T* image, i64 H, i64 W, i64 p
 
 // direct: forward and input gradient --------------------------------------------------------------------------------
 
+template <class T>
+constexpr i64 GROUP = FILTER_VECTORS * LANES<T>;  // filters that are summed together
+
+// Taps that neighbour each other in the blocks, up to 3.
+struct Taps {
+  i64 count;
+  i64 x, w;  // where the first lies in the blocks, and in the weights
+};
+
 // y(p, q, k) = sum over r < R, s < S, c of x(p * stride_h + r, q * stride_w + s, c) * w(r, s, c, k), with x in blocks
-// of column stride stride_w. w(r, s, c, k) is weights[r * w_r + s * w_s + c * w_c + k * w_k] before packing.
+// of column stride stride_w. Distances are in elements.
 template <class T>
 struct Correlation {
   i64 R, S, C, K, stride_h;
+  const T* w;
+  i64 w_r, w_s, w_c, w_k;                    // w(r, s, c, k) is w[r * w_r + s * w_s + c * w_c + k * w_k]
+  T* y;                                      // that of p = 0, q = 0 in the first image
+  i64 begin, end, columns, y_row, y_column;  // begin <= p < end, q < columns
   Blocks x;
-  const T* weights;
-  i64 w_r, w_s, w_c, w_k;
-  T* packed;
+  i64 x_first;  // of the output q = 0 in the first row of the blocks
+  T* packed;    // packed_size() elements
+  Taps* taps;   // R * S at most
+  i64 groups;
 
-  i64 taps(i64 phase) const { return ceil_div(S - phase, x.stride); }  // of a row, in one phase
-  static i64 packed_size(i64 taps, i64 C, i64 K) { return taps * C * ceil_div(K, LANES<T>) * LANES<T>; }
+  i64 packed_size() const { return R * S * C * ceil_div(K, LANES<T>) * LANES<T>; }
 };
 
-// Taps that neighbour each other in the blocks, S of them or those of one phase, are summed in groups of up to 3.
-inline i64 next_taps(i64 left) { return left == 4 ? 2 : least(left, 3); }
-
-// The packed order: filter group, channel block, row of taps, phase, group of taps, channel, tap, filter of the group.
+// The taps in the order in which they are summed: rows, phases, columns.
 template <class T>
-void pack(const Correlation<T>& o, i64 group) {
-  constexpr i64 WIDTH = FILTER_VECTORS * LANES<T>;
-  const i64 k0 = group * WIDTH, width = least(WIDTH, ceil_div(o.K - k0, LANES<T>) * LANES<T>);
-  const i64 filters = least(width, o.K - k0);
+void list_taps(Correlation<T>& o) {
+  o.groups = 0;
+  for (i64 r = 0; r < o.R; r++) {
+    for (i64 phase = 0; phase < least(o.S, o.x.stride); phase++) {
+      for (i64 s = phase, left = ceil_div(o.S - s, o.x.stride); left > 0;) {
+        const i64 count = left == 4 ? 2 : least(left, 3);
+        o.taps[o.groups++] = {count, o.x.offset(r, s), r * o.w_r + s * o.w_s};
+        left -= count, s += count * o.x.stride;
+      }
+    }
+  }
+}
+
+// Packs the weights of a group of filters in the order of reading: channel block, taps, channel, tap, filter.
+template <class T>
+void pack(const Correlation<T>& o, i64 k0) {
+  const i64 width = least(GROUP<T>, ceil_div(o.K - k0, LANES<T>) * LANES<T>), filters = least(width, o.K - k0);
   T* to = o.packed + k0 * o.R * o.S * o.C;
   for (i64 c0 = 0; c0 < o.C; c0 += BLOCK) {
-    for (i64 r = 0; r < o.R; r++) {
-      for (i64 phase = 0; phase < least(o.S, o.x.stride); phase++) {
-        for (i64 left = o.taps(phase), s0 = phase; left > 0;) {
-          const i64 taps = next_taps(left);
-          for (i64 c = c0; c < least(c0 + BLOCK, o.C); c++) {
-            for (i64 t = 0; t < taps; t++, to += width) {
-              const T* from = o.weights + r * o.w_r + (s0 + t * o.x.stride) * o.w_s + c * o.w_c + k0 * o.w_k;
-              for (i64 k = 0; k < filters; k++) to[k] = from[k * o.w_k];
-              for (i64 k = filters; k < width; k++) to[k] = 0;
-            }
+    for (i64 i = 0; i < o.groups; i++) {
+      for (i64 c = c0; c < least(c0 + BLOCK, o.C); c++) {
+        for (i64 t = 0; t < o.taps[i].count; t++, to += width) {
+          const T* from = o.w + o.taps[i].w + t * o.x.stride * o.w_s + c * o.w_c + k0 * o.w_k;
+          if (o.w_k == 1 && filters == width) {
+            for (i64 k = 0; k < width; k += LANES<T>) store(to + k, load(from + k));
+          } else {
+            for (i64 k = 0; k < filters; k++) to[k] = from[k * o.w_k];
+            for (i64 k = filters; k < width; k++) to[k] = 0;
           }
-          left -= taps, s0 += taps * o.x.stride;
         }
       }
     }
@@ -225,106 +257,169 @@ inline const T* add_taps(Vec<T> (&sum)[PIXELS][VECTORS], const T* pixel, const T
   return w;
 }
 
-// One tile of outputs: all taps and channels, the sums in registers.
+// One tile of outputs: all taps and channels, the sums in registers. Not inline, for then they would not all be.
 template <class T, int PIXELS, int VECTORS>
-void correlate_tile(T* y, i64 y_column, i64 filters, const T* x, const T* w, const Correlation<T>& o) {
+__attribute__((noinline)) void correlate_tile(T* y, i64 filters, const T* x, const T* w, const Correlation<T>& o) {
   Vec<T> sum[PIXELS][VECTORS] = {};
-  const i64 phases = least(o.S, o.x.stride), taps = o.S / o.x.stride, longer = o.S % o.x.stride;
-  for (i64 c0 = 0; c0 < o.C; c0 += BLOCK, x += o.x.block()) {
-    const i64 channels = least(BLOCK, o.C - c0);
-    for (i64 r = 0; r < o.R; r++) {
-      for (i64 phase = 0; phase < phases; phase++) {
-        const T* pixel = x + r * o.x.row() + phase * o.x.phase();
-        for (i64 left = taps + (phase < longer), group; left > 0; left -= group, pixel += group * BLOCK) {
-          group = next_taps(left);
-          if (group == 3)
-            w = add_taps<T, 3>(sum, pixel, w, channels);
-          else if (group == 2)
-            w = add_taps<T, 2>(sum, pixel, w, channels);
+  for (i64 c = 0; c < o.C; c += BLOCK, x += o.x.block()) {
+    const i64 channels = least(BLOCK, o.C - c);
+    for (const Taps* taps = o.taps; taps < o.taps + o.groups; taps++) {
+      if (taps->count == 3)
+        w = add_taps<T, 3>(sum, x + taps->x, w, channels);
+      else if (taps->count == 2)
+        w = add_taps<T, 2>(sum, x + taps->x, w, channels);
+      else
+        w = add_taps<T, 1>(sum, x + taps->x, w, channels);
+    }
+  }
+  if (filters == VECTORS * LANES<T>) {
+#pragma GCC unroll 32
+    for (int i = 0; i < PIXELS; i++)
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; v++) store(y + i * o.y_column + v * LANES<T>, sum[i][v]);
+  } else {
+    // By way of memory, since a number of lanes known only at run time would keep the sums out of registers.
+    T tile[PIXELS][VECTORS * LANES<T>];
+    __builtin_memcpy(tile, sum, sizeof tile);
+    for (int i = 0; i < PIXELS; i++)
+      for (i64 k = 0; k < filters; k++) y[i * o.y_column + k] = tile[i][k];
+  }
+}
+
+// The tile of `pixels` <= PIXELS outputs.
+template <class T, int PIXELS, int VECTORS>
+inline void tile_of(i64 pixels, T* y, i64 filters, const T* x, const T* w, const Correlation<T>& o) {
+  if constexpr (PIXELS > 1) {
+    if (pixels < PIXELS) return tile_of<T, PIXELS - 1, VECTORS>(pixels, y, filters, x, w, o);
+  }
+  correlate_tile<T, PIXELS, VECTORS>(y, filters, x, w, o);
+}
+
+// The outputs of the group of filters from k0 in `rows` rows, each in as few tiles as will do, all of about one size.
+template <class T, int VECTORS>
+void correlate_group(T* y, i64 rows, i64 k0, const T* x, const Correlation<T>& o) {
+  constexpr i64 PIXELS = TILE / VECTORS;
+  const T* const w = o.packed + k0 * o.R * o.S * o.C;
+  if (o.columns <= 0) return;
+  const i64 filters = least(VECTORS * LANES<T>, o.K - k0), tiles = ceil_div(o.columns, PIXELS);
+  const i64 pixels = o.columns / tiles, larger = o.columns % tiles;  // the first tiles have one pixel more
+  for (i64 p = 0; p < rows; p++, x += o.stride_h * o.x.row()) {
+    for (i64 tile = 0, q = 0; tile < tiles; tile++) {
+      const i64 count = pixels + (tile < larger);
+      tile_of<T, PIXELS, VECTORS>(count, y + p * o.y_row + q * o.y_column + k0, filters, x + q * BLOCK, w, o);
+      q += count;
+    }
+  }
+}
+
+// How the work on N images is cut: a task does some rows of one image, or some images where these are small and the
+// weights large, so that those are read less often. With few images tasks share the filters, then the rows.
+struct Cut {
+  i64 images, rows, filters;  // of a task
+  i64 sets, bands, parts;     // how many there are of each
+};
+template <class T>
+Cut cut_work(i64 N, i64 rows, i64 K, i64 image_size, i64 weights) {
+  constexpr i64 ELEMENTS = SCRATCH_BYTES / sizeof(T);
+  i64 bands = least(rows, ceil_div(image_size, ELEMENTS));
+  const i64 images = most(1, least(least(N, ELEMENTS / image_size), weights / ELEMENTS)), sets = ceil_div(N, images);
+  const i64 share = most(K * sets * bands / TASKS, FILTERS);
+  const i64 filters = ceil_div(share, GROUP<T>) * GROUP<T>, parts = ceil_div(K, filters);
+  bands = least(rows, bands * ceil_div(TASKS, sets * bands * parts));
+  const i64 band = ceil_div(rows, bands);
+  return {images, band, filters, sets, ceil_div(rows, band), parts};
+}
+
+// What the correlations of one call share.
+template <class T>
+struct Images {
+  i64 N, begin, end;     // images, and the rows p of any of the correlations
+  Image<T> x;            // the first image
+  i64 x_image, y_image;  // from one image to the next
+  i64 row, column;       // of output row p: block row 0 is row p * stride_h + row, its column 0 begins at that element
+};
+
+// Runs `count` correlations that read the same blocks.
+template <class T>
+void correlate(const Correlation<T>* all, i64 count, const Images<T>& s, const Cut& cut) {
+  const i64 K = all->K, stride_h = all->stride_h;
+  const Blocks& blocks = all->x;
+  parallel_for(ceil_div(K, GROUP<T>), [&](i64 group) {
+    for (i64 i = 0; i < count; i++) pack(all[i], group * GROUP<T>);
+  });
+  parallel_for(cut.sets * cut.bands * cut.parts, [&](i64 task) {
+    const i64 part = task % cut.parts, band = task / cut.parts % cut.bands, set = task / cut.parts / cut.bands;
+    const i64 p0 = s.begin + band * cut.rows, p1 = least(p0 + cut.rows, s.end);
+    const i64 n0 = set * cut.images, n1 = least(n0 + cut.images, s.N);
+    Scratch<T> scratch(cut.images * blocks.size());
+    for (i64 n = n0; n < n1; n++) {
+      Image<T> image = s.x;
+      image.x += n * s.x_image;
+      fill_blocks(&scratch[(n - n0) * blocks.size()], blocks, image, p0 * stride_h + s.row, s.column);
+    }
+    // Filters outermost: the weights of a group stay in the cache while rows and images pass.
+    for (i64 k0 = part * cut.filters; k0 < least((part + 1) * cut.filters, K); k0 += GROUP<T>) {
+      for (i64 n = n0; n < n1; n++) {
+        for (const Correlation<T>* o = all; o < all + count; o++) {
+          const i64 p = most(p0, o->begin), rows = least(p1, o->end) - p;
+          T* y = o->y + n * s.y_image + p * o->y_row;
+          const T* x = &scratch[(n - n0) * blocks.size() + o->x_first + (p - p0) * stride_h * blocks.row()];
+          if (K - k0 > LANES<T>)
+            correlate_group<T, FILTER_VECTORS>(y, rows, k0, x, *o);
           else
-            w = add_taps<T, 1>(sum, pixel, w, channels);
+            correlate_group<T, 1>(y, rows, k0, x, *o);
         }
       }
     }
-  }
-#pragma GCC unroll 32
-  for (int i = 0; i < PIXELS; i++)
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v++) {
-      const i64 rest = filters - v * LANES<T>;
-      if (rest >= LANES<T>)
-        store(y + i * y_column + v * LANES<T>, sum[i][v]);
-      else
-        store_first(y + i * y_column + v * LANES<T>, sum[i][v], rest);
-    }
+  });
 }
 
+// What lies behind a row of a window in x: S taps of C channels each, some distance apart; or, for one column or few
+// channels, one tap of S * C, because these lie side by side.
 template <class T>
-struct Outputs {
-  T* y;
-  i64 rows, columns, row, column;  // sizes, and distances in elements
+struct View {
+  i64 N, P, Q, S, C, stride_h, stride_w;  // the windows as seen so
+  Image<T> x;
+  i64 x_image;
+
+  Blocks blocks(i64 rows, i64 R) const { return {(rows - 1) * stride_h + R, (Q - 1) * stride_w + S, C, stride_w}; }
 };
-
-// All outputs of one group of filters. The end of a row takes the smallest tile that covers it, moved back over
-// outputs already written where it would stand out: computing them twice is cheaper than several small tiles.
-template <class T, int VECTORS>
-void correlate_group(const Outputs<T>& out, i64 k0, const T* x, const Correlation<T>& o) {
-  const T* w = o.packed + k0 * o.R * o.S * o.C;
-  const i64 filters = least(VECTORS * LANES<T>, o.K - k0);
-  for (i64 p = 0; p < out.rows; p++, x += o.stride_h * o.x.row()) {
-    for (i64 q = 0; q < out.columns;) {
-      int pixels = TILE / VECTORS;
-      while (pixels > out.columns || pixels / 2 >= out.columns - q) pixels /= 2;
-      q = least(q, out.columns - pixels);
-      T* y = out.y + p * out.row + q * out.column + k0;
-      const T* in = x + q * BLOCK;
-      switch (pixels) {
-        case 16:
-          if constexpr (TILE / VECTORS >= 16) correlate_tile<T, 16, VECTORS>(y, out.column, filters, in, w, o);
-          break;
-        case 8:
-          if constexpr (TILE / VECTORS >= 8) correlate_tile<T, 8, VECTORS>(y, out.column, filters, in, w, o);
-          break;
-        case 4: correlate_tile<T, 4, VECTORS>(y, out.column, filters, in, w, o); break;
-        case 2: correlate_tile<T, 2, VECTORS>(y, out.column, filters, in, w, o); break;
-        default: correlate_tile<T, 1, VECTORS>(y, out.column, filters, in, w, o);
-      }
-      q += pixels;
+template <class T>
+View<T> view_of(const T* x, const Window& s, bool runs) {
+  View<T> v{s.N, s.P, s.Q, s.S, s.C, s.stride_h, s.stride_w, {}, s.H * s.W * s.C};
+  v.x = {x, x + s.N * s.H * s.W * s.C, s.H, s.W * s.C, s.W * s.C, s.C};
+  if (runs) v.S = 1, v.C = s.S * s.C, v.x.pixel *= s.stride_w, v.stride_w = 1;
+  if (s.R == 1 && s.pad_h == 0) {  // leave out the rows that no window meets
+    v.x.rows = s.P, v.x.row *= s.stride_h, v.stride_h = 1;
+    if (s.S == 1 && s.pad_w == 0 && s.stride_h == 1 &&
+        s.stride_w == 1) {  // pixel by pixel: one image, rows of any length
+      const i64 pixels = s.N * s.P * s.Q;
+      for (v.Q = most(s.Q, 128); pixels % v.Q;) v.Q--;
+      v.N = 1, v.P = v.x.rows = pixels / v.Q, v.x.row = v.x.elements = v.Q * s.C;
     }
   }
+  return v;
 }
 
-// Filter groups outermost: the weights of a group stay in the cache while the rows of the image pass.
+// y from x where w(r, s, c, k) is w[r * w_r + s * w_s + c * w_c + k * w_k].
 template <class T>
-void correlate(const Outputs<T>& out, const T* x, const Correlation<T>& o) {
-  for (i64 k0 = 0; k0 < o.K; k0 += FILTER_VECTORS * LANES<T>) {
-    if (o.K - k0 > LANES<T>)
-      correlate_group<T, FILTER_VECTORS>(out, k0, x, o);
-    else
-      correlate_group<T, 1>(out, k0, x, o);
-  }
-}
-
-// Rows of an image that make one task.
-inline i64 band_rows(i64 N, i64 rows, i64 bytes) {
-  const i64 bands = most(ceil_div(TASKS, most(N, 1)), ceil_div(bytes, SCRATCH_BYTES));
-  return ceil_div(rows, least(rows, bands));
+void correlate_images(T* y, const T* x, const T* w, i64 w_r, i64 w_s, i64 w_c, i64 w_k, const Window& s) {
+  const View<T> v = view_of(x, s, s.S == 1 || (s.C <= FEW_CHANNELS && w_s == s.C * w_c));
+  Blocks blocks = v.blocks(v.P, s.R);
+  const Cut cut = cut_work<T>(v.N, v.P, s.K, blocks.size(), s.R * s.S * s.C * s.K);
+  blocks = v.blocks(cut.rows, s.R);
+  Scratch<Taps> taps(s.R * v.S);
+  Correlation<T> o{s.R, v.S, v.C, s.K,       v.stride_h, w,      w_r, w_s,     w_c,        w_k, y,
+                   0,   v.P, v.Q, v.Q * s.K, s.K,        blocks, 0,   nullptr, taps.get(), 0};
+  Scratch<T> packed(o.packed_size());
+  o.packed = packed.get();
+  list_taps(o);
+  correlate(&o, 1, {v.N, 0, v.P, v.x, v.x_image, v.P * v.Q * s.K, -s.pad_h, -s.pad_w * s.C}, cut);
 }
 
 template <class T>
 void direct_forward(T* y, const T* x, const T* w, const Window& s) {
-  Scratch<T> packed(Correlation<T>::packed_size(s.R * s.S, s.C, s.K));
-  Blocks image{s.H + 2 * s.pad_h, (s.Q - 1) * s.stride_w + s.S, s.C, s.stride_w};
-  const i64 band = band_rows(s.N, s.P, image.size() * i64(sizeof(T))), bands = ceil_div(s.P, band);
-  image.rows = (band - 1) * s.stride_h + s.R;
-  const Correlation<T> o{s.R, s.S, s.C, s.K, s.stride_h, image, w, s.S * s.C * s.K, s.C * s.K, s.K, 1, packed.get()};
-  parallel_for(ceil_div(s.K, FILTER_VECTORS * LANES<T>), [&](i64 group) { pack(o, group); });
-  parallel_for(s.N * bands, [&](i64 task) {
-    const i64 n = task / bands, p = task % bands * band;
-    Scratch<T> blocks(image.size());
-    fill_blocks(blocks.get(), image, x + n * s.H * s.W * s.C, s.H, s.W, s.C, p * s.stride_h - s.pad_h, -s.pad_w);
-    correlate<T>({y + (n * s.P + p) * s.Q * s.K, least(band, s.P - p), s.Q, s.Q * s.K, s.K}, blocks.get(), o);
-  });
+  correlate_images(y, x, w, s.S * s.C * s.K, s.C * s.K, s.K, i64(1), s);
 }
 
 // Input gradient. x[h] met w[r] in y[p] where p * stride + r = h + pad. Write h + pad = stride * i + a and
@@ -332,7 +427,8 @@ void direct_forward(T* y, const T* x, const T* w, const Window& s) {
 //   dx[stride * i + a - pad] = sum over j of dy[i - j] * w[stride * j + a].
 // For each remainder a (and b, for columns) this is a correlation of stride 1 of dy with the taps of that class in
 // reversed order, j = taps - 1 - t, and with channels and filters exchanged. All classes of an image share one
-// scratch of dy; a class without taps (stride > window) sums nothing and writes zeros.
+// scratch of dy; a class without taps (stride > window) sums nothing and writes zeros. At stride 1 there is one class,
+// another plain correlation.
 struct Class {
   i64 taps;        // j = 0 .. taps - 1
   i64 begin, end;  // the i whose pixel lies inside the image
@@ -343,48 +439,63 @@ inline Class class_of(i64 a, i64 size, i64 window, i64 stride, i64 pad) {
 
 template <class T>
 void direct_backward_input(T* dx, const T* dy, const T* w, const Window& s) {
-  Scratch<T> packed(Correlation<T>::packed_size(s.R * s.S, s.K, s.C));
+  const i64 w_r = -s.stride_h * s.S * s.C * s.K, w_s = -s.stride_w * s.C * s.K;
+  if (s.stride_h == 1 && s.stride_w == 1) {
+    const Window mirrored{s.N, s.P, s.Q, s.K, s.C, s.R, s.S, s.H, s.W, 1, 1, s.R - 1 - s.pad_h, s.S - 1 - s.pad_w};
+    return correlate_images(dx, dy, w + (s.R * s.S - 1) * s.C * s.K, w_r, w_s, i64(1), s.K, mirrored);
+  }
   // dy[i - j] over all classes: i from first to last, j below the taps of class 0, which has most.
   const i64 taps_h = ceil_div(s.R, s.stride_h), first_h = s.pad_h / s.stride_h,
             last_h = (s.H - 1 + s.pad_h) / s.stride_h;
   const i64 taps_w = ceil_div(s.S, s.stride_w), first_w = s.pad_w / s.stride_w,
             last_w = (s.W - 1 + s.pad_w) / s.stride_w;
   const i64 rows = last_h - first_h + 1;
-  Blocks image{rows + taps_h - 1, last_w - first_w + taps_w, s.K, 1};
-  const i64 band = band_rows(s.N, rows, image.size() * i64(sizeof(T))), bands = ceil_div(rows, band);
-  image.rows = band + taps_h - 1;
+  Blocks blocks{rows + taps_h - 1, last_w - first_w + taps_w, s.K, 1};
+  const Cut cut = cut_work<T>(s.N, rows, s.C, blocks.size(), s.R * s.S * s.C * s.K);
+  blocks.rows = cut.rows + taps_h - 1;
 
-  const auto for_classes = [&](const auto& body) {
-    T* at = packed.get();
-    for (i64 a = 0; a < s.stride_h; a++) {
-      for (i64 b = 0; b < s.stride_w; b++) {
-        const Class h = class_of(a, s.H, s.R, s.stride_h, s.pad_h);
-        const Class v = class_of(b, s.W, s.S, s.stride_w, s.pad_w);
-        const T* last = w + ((a + s.stride_h * (h.taps - 1)) * s.S + b + s.stride_w * (v.taps - 1)) * s.C * s.K;
-        body(a, b, h, v,
-             Correlation<T>{h.taps, v.taps, s.K, s.C, 1, image, last, -s.stride_h * s.S * s.C * s.K,
-                            -s.stride_w * s.C * s.K, 1, s.K, at});
-        at += Correlation<T>::packed_size(h.taps * v.taps, s.K, s.C);
-      }
+  Scratch<Correlation<T>> classes(s.stride_h * s.stride_w);
+  Scratch<T> packed(s.R * s.S * s.K * ceil_div(s.C, LANES<T>) * LANES<T>);
+  Scratch<Taps> taps(s.R * s.S);
+  Correlation<T>* o = classes.get();
+  T* at = packed.get();
+  Taps* list = taps.get();
+  for (i64 a = 0; a < s.stride_h; a++) {
+    for (i64 b = 0; b < s.stride_w; b++, o++) {
+      const Class h = class_of(a, s.H, s.R, s.stride_h, s.pad_h);
+      const Class v = class_of(b, s.W, s.S, s.stride_w, s.pad_w);
+      const T* last = w + ((a + s.stride_h * (h.taps - 1)) * s.S + b + s.stride_w * (v.taps - 1)) * s.C * s.K;
+      T* y = dx + ((a - s.pad_h) * s.W + v.begin * s.stride_w + b - s.pad_w) * s.C;
+      *o = {h.taps,
+            v.taps,
+            s.K,
+            s.C,
+            1,
+            last,
+            w_r,
+            w_s,
+            1,
+            s.K,
+            y,
+            h.begin,
+            h.end,
+            v.end - v.begin,
+            s.stride_h * s.W * s.C,
+            s.stride_w * s.C,
+            blocks,
+            blocks.offset(taps_h - h.taps, v.begin - first_w + taps_w - v.taps),
+            at,
+            list,
+            0};
+      list_taps(*o);
+      at += o->packed_size(), list += h.taps * v.taps;
     }
-  };
-
-  parallel_for(ceil_div(s.C, FILTER_VECTORS * LANES<T>), [&](i64 group) {
-    for_classes([&](i64, i64, const Class&, const Class&, const Correlation<T>& o) { pack(o, group); });
-  });
-  parallel_for(s.N * bands, [&](i64 task) {
-    const i64 n = task / bands, begin = first_h + task % bands * band, end = least(begin + band, last_h + 1);
-    Scratch<T> blocks(image.size());
-    fill_blocks(blocks.get(), image, dy + n * s.P * s.Q * s.K, s.P, s.Q, s.K, begin - (taps_h - 1),
-                first_w - (taps_w - 1));
-    for_classes([&](i64 a, i64 b, const Class& h, const Class& v, const Correlation<T>& o) {
-      const i64 i = most(begin, h.begin), j = v.begin;
-      const i64 row = s.stride_h * i + a - s.pad_h, column = s.stride_w * j + b - s.pad_w;
-      const Outputs<T> out{dx + ((n * s.H + row) * s.W + column) * s.C, least(end, h.end) - i, v.end - j,
-                           s.stride_h * s.W * s.C, s.stride_w * s.C};
-      correlate<T>(out, blocks.get() + image.offset(i - begin + taps_h - h.taps, j - first_w + taps_w - v.taps), o);
-    });
-  });
+  }
+  const Image<T> image{dy, dy + s.N * s.P * s.Q * s.K, s.P, s.Q * s.K, s.Q * s.K, s.K};
+  correlate(
+      classes.get(), s.stride_h * s.stride_w,
+      {s.N, first_h, last_h + 1, image, s.P * s.Q * s.K, s.H * s.W * s.C, 1 - taps_h, (first_w - (taps_w - 1)) * s.K},
+      cut);
 }
 
 // direct: weight gradient -------------------------------------------------------------------------------------------
@@ -411,10 +522,10 @@ struct WeightSums {
 
 // TAPS x CHANNELS x VECTORS sums in registers: 3 x 8 x 1 take 3 loads and 8 broadcasts for 24 multiply-adds.
 template <class T, int TAPS, int CHANNELS, int VECTORS>
-void outer_products(const WeightSums<T>& to, i64 channels, const Pixels<T>& from) {
-  if constexpr (CHANNELS > 1) {
-    if (channels < CHANNELS) return outer_products<T, TAPS, CHANNELS - 1, VECTORS>(to, channels, from);
-  }
+__attribute__((noinline)) void outer_products(const WeightSums<T>& to, const Pixels<T>& from) {
+  T* const dw = to.dw;
+  const i64 tap = to.tap, channel = to.channel;
+  const bool first = to.first;
   Vec<T> sum[TAPS][CHANNELS][VECTORS] = {};
   for (i64 image = 0; image < from.images; image++) {
     for (i64 row = 0; row < from.rows; row++) {
@@ -443,68 +554,104 @@ void outer_products(const WeightSums<T>& to, i64 channels, const Pixels<T>& from
     for (int c = 0; c < CHANNELS; c++)
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; v++) {
-        T* dw = to.dw + t * to.tap + c * to.channel + v * LANES<T>;
-        store(dw, to.first ? sum[t][c][v] : load(dw) + sum[t][c][v]);
+        T* at = dw + t * tap + c * channel + v * LANES<T>;
+        store(at, first ? sum[t][c][v] : load(at) + sum[t][c][v]);
       }
+}
+
+// The same for `channels` <= CHANNELS.
+template <class T, int TAPS, int CHANNELS, int VECTORS>
+inline void products_of(i64 channels, const WeightSums<T>& to, const Pixels<T>& from) {
+  if constexpr (CHANNELS > 1) {
+    if (channels < CHANNELS) return products_of<T, TAPS, CHANNELS - 1, VECTORS>(channels, to, from);
+  }
+  outer_products<T, TAPS, CHANNELS, VECTORS>(to, from);
+}
+
+// The number of parts in which the pixels are summed, of all TASKS; the others share the filters. A part reads its x
+// once for each share of the filters, writes its sums and has them read again.
+inline i64 sum_parts(i64 x, i64 weights, i64 units, i64 shares) {
+  i64 best = 1, cost = 0;
+  for (i64 parts = 1; parts <= TASKS; parts *= 2) {
+    const i64 groups = least(shares, TASKS / parts), traffic = groups * x + 2 * parts * weights;
+    if (parts == 1 || (traffic < cost && parts <= units)) best = parts, cost = traffic;
+  }
+  return best;
 }
 
 template <class T, int TAPS>
 void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
-  constexpr i64 VECTORS = TAPS == 3 ? 1 : 2;
-  // A unit of work is a band of rows of one image, or several small images. Some 256 pixels are enough to make the
+  constexpr i64 VECTORS = TAPS == 3 ? 1 : 2, CHANNELS = OUTER_SUMS[TAPS == 3] / TAPS / VECTORS;
+  constexpr i64 UNIT = TAPS == 3 ? 512 : 256;
+  const bool runs = s.S == 1 || (s.C <= FEW_CHANNELS && TAPS == 1);
+  const View<T> v = view_of(x, s, runs);
+  // A unit of work is a band of rows of one image, or several small images. Some UNIT pixels are enough to make the
   // flush of the sums cheap, and few enough to stay in the cache while every tap and channel passes over them.
-  const i64 unit_images = most(1, 256 / (s.P * s.Q)), unit_rows = most(1, least(s.P, 256 / s.Q));
-  const i64 bands = ceil_div(s.P, unit_rows), units = ceil_div(s.N, unit_images) * bands;
-  // A task sums one part of the units for one group of filters. Parts are added up in order at the end.
-  const i64 group_filters = VECTORS * BLOCK, groups = ceil_div(s.K, group_filters);
+  const i64 unit_images = least(v.N, most(1, UNIT / (v.P * v.Q)));
+  const i64 bands = ceil_div(v.P, most(1, least(v.P, UNIT / v.Q))), unit_rows = ceil_div(v.P, bands);
+  const i64 units = ceil_div(v.N, unit_images) * bands;
+  // A task sums one part of the units for some filters. Parts are added up in order at the end.
   const i64 K = ceil_div(s.K, BLOCK) * BLOCK, rows = s.R * s.S * s.C;
-  const i64 most_parts = most(1, least(ceil_div(TASKS, groups), PARTIAL_BYTES / (rows * K * i64(sizeof(T)))));
-  const i64 parts = least(units, most_parts);
-  const i64 chunk = ceil_div(s.C, ceil_div(s.C, OUTER_CHANNELS));  // channels at once, in even shares
+  const i64 parts = sum_parts(s.N * s.H * s.W * s.C, rows * K, units, ceil_div(s.K, FILTERS));
+  const i64 share = ceil_div(ceil_div(s.K, ceil_div(TASKS, parts)), FILTERS) * FILTERS, shares = ceil_div(s.K, share);
   Scratch<T> partial(parts * rows * K);
 
-  parallel_for(parts * groups, [&](i64 task) {
-    const i64 part = task / groups, k0 = task % groups * group_filters, filters = least(group_filters, s.K - k0);
+  // Borders are left out by ranges, or are zeros in blocks where a run of channels reaches over them. Without such
+  // runs, few channels are read where they are; many would be strewn over too many lines of the cache.
+  const bool borders = runs && (s.S > 1 || s.pad_w > 0), direct = s.C <= 64 && !borders;
+  Blocks xs = v.blocks(unit_rows, s.R);
+  if (!borders) xs.columns = runs ? v.Q : s.W;
+
+  parallel_for(parts * shares, [&](i64 task) {
+    const i64 part = task / shares, k0 = task % shares * share, filters = least(share, s.K - k0);
     // With 3 taps dy has the columns w + pad_w - s for each w of the image and s < 3.
-    const Blocks image{unit_rows, TAPS == 3 ? s.W + 2 : s.Q, filters, 1};
-    const i64 column0 = TAPS == 3 ? s.pad_w - 2 : 0;
-    Scratch<T> blocks(unit_images * image.size());
+    const Blocks ys{unit_rows, TAPS == 3 ? s.W + 2 : v.Q, filters, 1};
+    Scratch<T> x_blocks(direct ? 0 : unit_images * xs.size()), dy_blocks(unit_images * ys.size());
     if (filters % BLOCK)
-      std::memset(blocks.get(), 0, unit_images * image.size() * sizeof(T));  // sums read whole blocks
+      std::memset(dy_blocks.get(), 0, unit_images * ys.size() * sizeof(T));  // sums read whole blocks
     const i64 first = part * units / parts, last = (part + 1) * units / parts;
     for (i64 unit = first; unit < last; unit++) {
-      const i64 n0 = unit / bands * unit_images, p0 = unit % bands * unit_rows, p1 = least(s.P, p0 + unit_rows);
-      const i64 images = least(unit_images, s.N - n0);
-      for (i64 n = 0; n < images; n++)
-        fill_blocks(&blocks[n * image.size()], image, dy + (n0 + n) * s.P * s.Q * s.K + k0, s.P, s.Q, s.K, p0, column0);
-      // Borders are left out by ranges: the rows p, and at one tap a time the columns q, that find r, u inside x.
+      const i64 n0 = unit / bands * unit_images, p0 = unit % bands * unit_rows, p1 = least(v.P, p0 + unit_rows);
+      const i64 images = least(unit_images, v.N - n0), h0 = p0 * v.stride_h - s.pad_h, y_row = v.Q * s.K;
+      for (i64 n = 0; n < images; n++) {
+        Image<T> from = v.x;
+        from.x += (n0 + n) * v.x_image;
+        if (!direct) fill_blocks(&x_blocks[n * xs.size()], xs, from, h0, borders ? -s.pad_w * s.C : 0);
+        from = {dy + (n0 + n) * v.P * y_row + k0, dy + v.N * v.P * y_row, v.P, y_row - k0, y_row, s.K};
+        fill_blocks(&dy_blocks[n * ys.size()], ys, from, p0, TAPS == 3 ? (s.pad_w - 2) * s.K : 0);
+      }
       for (i64 k = 0; k < filters; k += VECTORS * LANES<T>) {
-        for (i64 r = 0; r < s.R; r++) {
-          const Range valid = inside(s.P, r, s.stride_h, s.pad_h, s.H);
-          const i64 p = most(valid.begin, p0), p_end = least(valid.end, p1), h = p * s.stride_h + r - s.pad_h;
-          for (i64 u = 0; u < s.S; u += TAPS) {
-            const Range q = TAPS == 3 ? Range{0, s.W} : inside(s.Q, u, s.stride_w, s.pad_w, s.W);
-            const i64 x0 = TAPS == 3 ? 0 : q.begin * s.stride_w + u - s.pad_w, dy0 = TAPS == 3 ? 2 : q.begin;
-            const auto vector = [&](i64 filter) { return filter / BLOCK * image.block() + filter % BLOCK; };
-            for (i64 c = 0; c < s.C; c += chunk) {
-              const WeightSums<T> to{&partial[((part * s.R + r) * s.S + u) * s.C * K + c * K + k0 + k], s.C * K, K,
+        const auto vector = [&](i64 filter) { return filter / BLOCK * ys.block() + filter % BLOCK; };
+        for (i64 c = 0, channels; c < v.C; c += channels) {
+          // Channels at once: even shares of what is left of the block.
+          const i64 left = least(BLOCK - c % BLOCK, v.C - c);
+          channels = ceil_div(left, ceil_div(left, CHANNELS));
+          for (i64 r = 0; r < s.R; r++) {
+            const Range valid = inside(v.P, r, v.stride_h, s.pad_h, v.x.rows);  // rows p that find r inside x
+            const i64 p = most(valid.begin, p0) - p0, p_end = least(valid.end, p1) - p0, h = p * v.stride_h + r;
+            for (i64 u = 0; u < v.S; u += TAPS) {
+              const Range q = TAPS == 3 ? Range{0, s.W}
+                              : borders ? Range{0, v.Q}
+                                        : inside(v.Q, u, v.stride_w, s.pad_w, runs ? v.Q : s.W);
+              const i64 x0 = TAPS == 3 || borders ? 0 : q.begin * v.stride_w + u - s.pad_w,
+                        dy0 = TAPS == 3 ? 2 : q.begin;
+              const WeightSums<T> to{&partial[(((part * s.R + r) * v.S + u) * v.C + c) * K + k0 + k], v.C * K, K,
                                      unit == first};
-              const Pixels<T> from{x + ((n0 * s.H + h) * s.W + x0) * s.C + c,
-                                   blocks.get() + vector(k) + (p - p0) * image.row() + dy0 * BLOCK,
-                                   images,
-                                   p_end - p,
-                                   q.end - q.begin,
-                                   s.H * s.W * s.C,
-                                   s.stride_h * s.W * s.C,
-                                   s.stride_w * s.C,
-                                   image.size(),
-                                   image.row(),
-                                   vector(k + LANES<T>) - vector(k)};
-              const i64 channels = least(chunk, s.C - c);
+              Pixels<T> from;
+              from.images = images, from.rows = p_end - p, from.columns = q.end - q.begin;
+              if (direct) {
+                from.x = v.x.x + n0 * v.x_image + (h0 + h) * v.x.row + x0 * v.x.pixel + c;
+                from.x_image = v.x_image, from.x_row = v.stride_h * v.x.row, from.x_column = v.stride_w * v.x.pixel;
+              } else {
+                from.x = &x_blocks[c / BLOCK * xs.block() + xs.offset(h, x0) + c % BLOCK];
+                from.x_image = xs.size(), from.x_row = v.stride_h * xs.row(), from.x_column = BLOCK;
+              }
+              from.dy = &dy_blocks[vector(k) + p * ys.row() + dy0 * BLOCK];
+              from.dy_image = ys.size(), from.dy_row = ys.row(), from.dy_vector = vector(k + LANES<T>) - vector(k);
               if (filters - k > LANES<T>)
-                outer_products<T, TAPS, OUTER_CHANNELS, VECTORS>(to, channels, from);
+                products_of<T, TAPS, CHANNELS, VECTORS>(channels, to, from);
               else
-                outer_products<T, TAPS, OUTER_CHANNELS, 1>(to, channels, from);
+                products_of<T, TAPS, CHANNELS, 1>(channels, to, from);
             }
           }
         }
