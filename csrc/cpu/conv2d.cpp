@@ -29,7 +29,7 @@ constexpr int TILE = 12, OUTER_SUMS[2] = {12, 12};
 #endif
 constexpr int FILTER_VECTORS = 2;
 
-// Up to so many channels, a row of a window counts as one tap.
+// Up to so many channels, the weight gradient takes a row of a window as one tap.
 constexpr i64 FEW_CHANNELS = 4;
 
 // Work is cut so that no machine of usual size idles at batch 1 and a scratch image stays in the L2 cache.
@@ -186,10 +186,11 @@ struct Correlation {
   i64 w_r, w_s, w_c, w_k;                    // w(r, s, c, k) is w[r * w_r + s * w_s + c * w_c + k * w_k]
   T* y;                                      // that of p = 0, q = 0 in the first image
   i64 begin, end, columns, y_row, y_column;  // begin <= p < end, q < columns
-  Blocks x;
-  i64 x_first;  // of the output q = 0 in the first row of the blocks
-  T* packed;    // packed_size() elements
-  Taps* taps;   // R * S at most
+  bool direct;                               // x is read where it lies: one tap, and no borders
+  Blocks x;                                  // or else in blocks, of which q = 0 in the first row meets x_first
+  i64 x_first, x_row, x_column;              // x_row and x_column: from one output to the next
+  T* packed;                                 // packed_size() elements
+  Taps* taps;                                // R * S at most
   i64 groups;
 
   i64 packed_size() const { return R * S * C * ceil_div(K, LANES<T>) * LANES<T>; }
@@ -237,7 +238,7 @@ void pack(const Correlation<T>& o, i64 k0) {
 // for all the outputs that it meets: with 3 taps 18 broadcasts and 3 loads serve 48 multiply-adds, where one tap at
 // a time needs 17 loads for 16 and waits for the load ports.
 template <class T, int TAPS, int PIXELS, int VECTORS>
-inline const T* add_taps(Vec<T> (&sum)[PIXELS][VECTORS], const T* pixel, const T* w, i64 channels) {
+inline const T* add_taps(Vec<T> (&sum)[PIXELS][VECTORS], const T* pixel, i64 column, const T* w, i64 channels) {
   for (i64 c = 0; c < channels; c++, pixel++, w += TAPS * VECTORS * LANES<T>) {
     Vec<T> weights[TAPS][VECTORS];
 #pragma GCC unroll 3
@@ -246,7 +247,7 @@ inline const T* add_taps(Vec<T> (&sum)[PIXELS][VECTORS], const T* pixel, const T
       for (int v = 0; v < VECTORS; v++) weights[t][v] = load(w + (t * VECTORS + v) * LANES<T>);
 #pragma GCC unroll 32
     for (int i = 0; i < PIXELS + TAPS - 1; i++) {
-      const T value = pixel[i * BLOCK];
+      const T value = pixel[i * column];
 #pragma GCC unroll 3
       for (int t = 0; t < TAPS; t++)
         if (i - t >= 0 && i - t < PIXELS)
@@ -261,15 +262,19 @@ inline const T* add_taps(Vec<T> (&sum)[PIXELS][VECTORS], const T* pixel, const T
 template <class T, int PIXELS, int VECTORS>
 __attribute__((noinline)) void correlate_tile(T* y, i64 filters, const T* x, const T* w, const Correlation<T>& o) {
   Vec<T> sum[PIXELS][VECTORS] = {};
-  for (i64 c = 0; c < o.C; c += BLOCK, x += o.x.block()) {
-    const i64 channels = least(BLOCK, o.C - c);
-    for (const Taps* taps = o.taps; taps < o.taps + o.groups; taps++) {
-      if (taps->count == 3)
-        w = add_taps<T, 3>(sum, x + taps->x, w, channels);
-      else if (taps->count == 2)
-        w = add_taps<T, 2>(sum, x + taps->x, w, channels);
-      else
-        w = add_taps<T, 1>(sum, x + taps->x, w, channels);
+  if (o.direct) {
+    if (o.groups > 0) add_taps<T, 1>(sum, x, o.x_column, w, o.C);
+  } else {
+    for (i64 c = 0; c < o.C; c += BLOCK, x += o.x.block()) {
+      const i64 channels = least(BLOCK, o.C - c);
+      for (const Taps* taps = o.taps; taps < o.taps + o.groups; taps++) {
+        if (taps->count == 3)
+          w = add_taps<T, 3>(sum, x + taps->x, BLOCK, w, channels);
+        else if (taps->count == 2)
+          w = add_taps<T, 2>(sum, x + taps->x, BLOCK, w, channels);
+        else
+          w = add_taps<T, 1>(sum, x + taps->x, BLOCK, w, channels);
+      }
     }
   }
   if (filters == VECTORS * LANES<T>) {
@@ -299,14 +304,14 @@ inline void tile_of(i64 pixels, T* y, i64 filters, const T* x, const T* w, const
 template <class T, int VECTORS>
 void correlate_group(T* y, i64 rows, i64 k0, const T* x, const Correlation<T>& o) {
   constexpr i64 PIXELS = TILE / VECTORS;
+  if (o.columns <= 0) return;  // a class of pixels that a narrow image does not have
   const T* const w = o.packed + k0 * o.R * o.S * o.C;
-  if (o.columns <= 0) return;
   const i64 filters = least(VECTORS * LANES<T>, o.K - k0), tiles = ceil_div(o.columns, PIXELS);
   const i64 pixels = o.columns / tiles, larger = o.columns % tiles;  // the first tiles have one pixel more
-  for (i64 p = 0; p < rows; p++, x += o.stride_h * o.x.row()) {
+  for (i64 p = 0; p < rows; p++, x += o.x_row) {
     for (i64 tile = 0, q = 0; tile < tiles; tile++) {
       const i64 count = pixels + (tile < larger);
-      tile_of<T, PIXELS, VECTORS>(count, y + p * o.y_row + q * o.y_column + k0, filters, x + q * BLOCK, w, o);
+      tile_of<T, PIXELS, VECTORS>(count, y + p * o.y_row + q * o.y_column + k0, filters, x + q * o.x_column, w, o);
       q += count;
     }
   }
@@ -351,8 +356,9 @@ void correlate(const Correlation<T>* all, i64 count, const Images<T>& s, const C
     const i64 part = task % cut.parts, band = task / cut.parts % cut.bands, set = task / cut.parts / cut.bands;
     const i64 p0 = s.begin + band * cut.rows, p1 = least(p0 + cut.rows, s.end);
     const i64 n0 = set * cut.images, n1 = least(n0 + cut.images, s.N);
-    Scratch<T> scratch(cut.images * blocks.size());
+    Scratch<T> scratch(all->direct ? 0 : cut.images * blocks.size());
     for (i64 n = n0; n < n1; n++) {
+      if (all->direct) break;
       Image<T> image = s.x;
       image.x += n * s.x_image;
       fill_blocks(&scratch[(n - n0) * blocks.size()], blocks, image, p0 * stride_h + s.row, s.column);
@@ -363,7 +369,8 @@ void correlate(const Correlation<T>* all, i64 count, const Images<T>& s, const C
         for (const Correlation<T>* o = all; o < all + count; o++) {
           const i64 p = most(p0, o->begin), rows = least(p1, o->end) - p;
           T* y = o->y + n * s.y_image + p * o->y_row;
-          const T* x = &scratch[(n - n0) * blocks.size() + o->x_first + (p - p0) * stride_h * blocks.row()];
+          const T* x = o->direct ? s.x.x + n * s.x_image + p * o->x_row
+                                 : &scratch[(n - n0) * blocks.size() + o->x_first + (p - p0) * o->x_row];
           if (K - k0 > LANES<T>)
             correlate_group<T, FILTER_VECTORS>(y, rows, k0, x, *o);
           else
@@ -374,11 +381,12 @@ void correlate(const Correlation<T>* all, i64 count, const Images<T>& s, const C
   });
 }
 
-// What lies behind a row of a window in x: S taps of C channels each, some distance apart; or, for one column or few
-// channels, one tap of S * C, because these lie side by side.
+// How the windows of s see x. If `runs`, the S * C elements behind a row of a window, which lie side by side, are one
+// tap of so many channels; rows that no window meets are left out; and where windows are single pixels, these are taken
+// as one image with rows of any length.
 template <class T>
 struct View {
-  i64 N, P, Q, S, C, stride_h, stride_w;  // the windows as seen so
+  i64 N, P, Q, S, C, stride_h, stride_w;
   Image<T> x;
   i64 x_image;
 
@@ -389,14 +397,11 @@ View<T> view_of(const T* x, const Window& s, bool runs) {
   View<T> v{s.N, s.P, s.Q, s.S, s.C, s.stride_h, s.stride_w, {}, s.H * s.W * s.C};
   v.x = {x, x + s.N * s.H * s.W * s.C, s.H, s.W * s.C, s.W * s.C, s.C};
   if (runs) v.S = 1, v.C = s.S * s.C, v.x.pixel *= s.stride_w, v.stride_w = 1;
-  if (s.R == 1 && s.pad_h == 0) {  // leave out the rows that no window meets
-    v.x.rows = s.P, v.x.row *= s.stride_h, v.stride_h = 1;
-    if (s.S == 1 && s.pad_w == 0 && s.stride_h == 1 &&
-        s.stride_w == 1) {  // pixel by pixel: one image, rows of any length
-      const i64 pixels = s.N * s.P * s.Q;
-      for (v.Q = most(s.Q, 128); pixels % v.Q;) v.Q--;
-      v.N = 1, v.P = v.x.rows = pixels / v.Q, v.x.row = v.x.elements = v.Q * s.C;
-    }
+  if (s.R == 1 && s.pad_h == 0) v.x.rows = s.P, v.x.row *= s.stride_h, v.stride_h = 1;
+  if (s.R * s.S * s.stride_h * s.stride_w == 1 && s.pad_h == 0 && s.pad_w == 0) {
+    const i64 pixels = s.N * s.P * s.Q;
+    for (v.Q = most(s.Q, 128); pixels % v.Q;) v.Q--;
+    v.N = 1, v.P = v.x.rows = pixels / v.Q, v.x.row = v.x.elements = v.Q * s.C;
   }
   return v;
 }
@@ -404,15 +409,18 @@ View<T> view_of(const T* x, const Window& s, bool runs) {
 // y from x where w(r, s, c, k) is w[r * w_r + s * w_s + c * w_c + k * w_k].
 template <class T>
 void correlate_images(T* y, const T* x, const T* w, i64 w_r, i64 w_s, i64 w_c, i64 w_k, const Window& s) {
-  const View<T> v = view_of(x, s, s.S == 1 || (s.C <= FEW_CHANNELS && w_s == s.C * w_c));
-  Blocks blocks = v.blocks(v.P, s.R);
-  const Cut cut = cut_work<T>(v.N, v.P, s.K, blocks.size(), s.R * s.S * s.C * s.K);
-  blocks = v.blocks(cut.rows, s.R);
-  Scratch<Taps> taps(s.R * v.S);
-  Correlation<T> o{s.R, v.S, v.C, s.K,       v.stride_h, w,      w_r, w_s,     w_c,        w_k, y,
-                   0,   v.P, v.Q, v.Q * s.K, s.K,        blocks, 0,   nullptr, taps.get(), 0};
+  const View<T> v = view_of(x, s, s.S == 1);
+  const Cut cut = cut_work<T>(v.N, v.P, s.K, v.blocks(v.P, s.R).size(), s.R * s.S * s.C * s.K);
+  Scratch<Taps> taps(s.R * s.S);
+  Correlation<T> o{};
+  o.R = s.R, o.S = s.S, o.C = s.C, o.K = s.K, o.stride_h = v.stride_h;
+  o.w = w, o.w_r = w_r, o.w_s = w_s, o.w_c = w_c, o.w_k = w_k;
+  o.y = y, o.begin = 0, o.end = v.P, o.columns = v.Q, o.y_row = v.Q * s.K, o.y_column = s.K;
+  o.direct = s.R == 1 && s.S == 1 && s.pad_h == 0 && s.pad_w == 0;
+  o.x = v.blocks(cut.rows, s.R);
+  o.x_row = o.direct ? v.x.row : v.stride_h * o.x.row(), o.x_column = o.direct ? v.x.pixel : BLOCK;
   Scratch<T> packed(o.packed_size());
-  o.packed = packed.get();
+  o.packed = packed.get(), o.taps = taps.get();
   list_taps(o);
   correlate(&o, 1, {v.N, 0, v.P, v.x, v.x_image, v.P * v.Q * s.K, -s.pad_h, -s.pad_w * s.C}, cut);
 }
@@ -466,27 +474,15 @@ void direct_backward_input(T* dx, const T* dy, const T* w, const Window& s) {
       const Class v = class_of(b, s.W, s.S, s.stride_w, s.pad_w);
       const T* last = w + ((a + s.stride_h * (h.taps - 1)) * s.S + b + s.stride_w * (v.taps - 1)) * s.C * s.K;
       T* y = dx + ((a - s.pad_h) * s.W + v.begin * s.stride_w + b - s.pad_w) * s.C;
-      *o = {h.taps,
-            v.taps,
-            s.K,
-            s.C,
-            1,
-            last,
-            w_r,
-            w_s,
-            1,
-            s.K,
-            y,
-            h.begin,
-            h.end,
-            v.end - v.begin,
-            s.stride_h * s.W * s.C,
-            s.stride_w * s.C,
-            blocks,
-            blocks.offset(taps_h - h.taps, v.begin - first_w + taps_w - v.taps),
-            at,
-            list,
-            0};
+      *o = {};
+      o->R = h.taps, o->S = v.taps, o->C = s.K, o->K = s.C, o->stride_h = 1;
+      o->w = last, o->w_r = w_r, o->w_s = w_s, o->w_c = 1, o->w_k = s.K;
+      o->y = y, o->begin = h.begin, o->end = h.end, o->columns = v.end - v.begin;
+      o->y_row = s.stride_h * s.W * s.C, o->y_column = s.stride_w * s.C;
+      o->direct = s.R == 1 && s.S == 1 && s.pad_h == 0 && s.pad_w == 0;
+      o->x = blocks, o->x_first = blocks.offset(taps_h - h.taps, v.begin - first_w + taps_w - v.taps);
+      o->x_row = o->direct ? s.Q * s.K : blocks.row(), o->x_column = o->direct ? s.K : BLOCK;
+      o->packed = at, o->taps = list;
       list_taps(*o);
       at += o->packed_size(), list += h.taps * v.taps;
     }
@@ -568,13 +564,16 @@ inline void products_of(i64 channels, const WeightSums<T>& to, const Pixels<T>& 
   outer_products<T, TAPS, CHANNELS, VECTORS>(to, from);
 }
 
-// The number of parts in which the pixels are summed, of all TASKS; the others share the filters. A part reads its x
-// once for each share of the filters, writes its sums and has them read again.
-inline i64 sum_parts(i64 x, i64 weights, i64 units, i64 shares) {
-  i64 best = 1, cost = 0;
-  for (i64 parts = 1; parts <= TASKS; parts *= 2) {
-    const i64 groups = least(shares, TASKS / parts), traffic = groups * x + 2 * parts * weights;
-    if (parts == 1 || (traffic < cost && parts <= units)) best = parts, cost = traffic;
+// In how many parts the pixels are summed, where tasks that do the same part share the filters: as many tasks as
+// wanted, then as little traffic as possible. Each share reads x again; each part writes all its sums, to be read once
+// more.
+inline i64 count_parts(i64 x, i64 weights, i64 units, i64 most_shares) {
+  i64 best = 0, tasks = 0, cost = 0;
+  for (i64 doubling = 1; doubling <= TASKS; doubling *= 2) {
+    const i64 parts = least(doubling, units), shares = least(most_shares, TASKS / parts);
+    const i64 traffic = shares * x + 2 * parts * weights;
+    if (parts * shares > tasks || (parts * shares == tasks && traffic < cost))
+      best = parts, tasks = parts * shares, cost = traffic;
   }
   return best;
 }
@@ -582,17 +581,17 @@ inline i64 sum_parts(i64 x, i64 weights, i64 units, i64 shares) {
 template <class T, int TAPS>
 void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
   constexpr i64 VECTORS = TAPS == 3 ? 1 : 2, CHANNELS = OUTER_SUMS[TAPS == 3] / TAPS / VECTORS;
-  constexpr i64 UNIT = TAPS == 3 ? 512 : 256;
   const bool runs = s.S == 1 || (s.C <= FEW_CHANNELS && TAPS == 1);
   const View<T> v = view_of(x, s, runs);
-  // A unit of work is a band of rows of one image, or several small images. Some UNIT pixels are enough to make the
+  // A unit of work is a band of rows of one image, or several small images. So many pixels are enough to make the
   // flush of the sums cheap, and few enough to stay in the cache while every tap and channel passes over them.
-  const i64 unit_images = least(v.N, most(1, UNIT / (v.P * v.Q)));
-  const i64 bands = ceil_div(v.P, most(1, least(v.P, UNIT / v.Q))), unit_rows = ceil_div(v.P, bands);
+  const i64 pixels = most(32, least(TAPS == 3 ? 512 : 256, v.N * v.P * v.Q / TASKS));
+  const i64 unit_images = most(1, pixels / (v.P * v.Q));
+  const i64 bands = ceil_div(v.P, most(1, least(v.P, pixels / v.Q))), unit_rows = ceil_div(v.P, bands);
   const i64 units = ceil_div(v.N, unit_images) * bands;
   // A task sums one part of the units for some filters. Parts are added up in order at the end.
   const i64 K = ceil_div(s.K, BLOCK) * BLOCK, rows = s.R * s.S * s.C;
-  const i64 parts = sum_parts(s.N * s.H * s.W * s.C, rows * K, units, ceil_div(s.K, FILTERS));
+  const i64 parts = count_parts(s.N * s.H * s.W * s.C, rows * K, units, ceil_div(s.K, FILTERS));
   const i64 share = ceil_div(ceil_div(s.K, ceil_div(TASKS, parts)), FILTERS) * FILTERS, shares = ceil_div(s.K, share);
   Scratch<T> partial(parts * rows * K);
 
