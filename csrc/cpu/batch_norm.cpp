@@ -11,33 +11,38 @@ namespace {
 
 // ---- channels in registers ----------------------------------------------------------------------------------------
 
-// A block of channels, `first` and on: VECS whole vectors, or (WHOLE false) one vector of `count` lanes.
+// A block of channels, `first` and on: VECS whole vectors, or (WHOLE false) one vector of `count` lanes, of a row that
+// is shorter than that. Such a row is read and written as a whole vector all the same, up to the last row of a part:
+// the lanes that stand out mean nothing, and are written anew with the next row.
 template <class T, int V, bool WHOLE>
 struct Channels {
   static constexpr int VECS = V;
-  i64 first, count;
+  i64 first, count, end;  // end: of the part, in elements
 
-  Vec<T> load(const T* row, int v) const {
-    const T* p = row + first + v * LANES<T>;
-    return load_first(p, WHOLE ? i64(LANES<T>) : count);
+  // Of the row that begins at element `at`.
+  Vec<T> load(const T* x, i64 at, int v) const {
+    const T* p = x + at + first + v * LANES<T>;
+    return load_first(p, WHOLE || at + LANES<T> <= end ? i64(LANES<T>) : count);
   }
-  void store(T* row, int v, Vec<T> value) const {
-    T* p = row + first + v * LANES<T>;
-    store_first(p, value, WHOLE ? i64(LANES<T>) : count);
+  void store(T* y, i64 at, int v, Vec<T> value) const {
+    T* p = y + at + first + v * LANES<T>;
+    store_first(p, value, WHOLE || at + LANES<T> <= end ? i64(LANES<T>) : count);
   }
+  // Of an array with one row.
+  Vec<T> load(const T* x, int v) const { return load_first(x + first + v * LANES<T>, WHOLE ? i64(LANES<T>) : count); }
 };
 
 // Wide blocks first: a row is then read in long runs. A rest is taken as the last whole vector of the row, and
-// the channels that it shares with the block before are computed again; only a row shorter than a vector is masked.
+// the channels that it shares with the block before are computed again. `end` is the end of the part, in elements.
 template <class T, class F>
-inline void for_channels(i64 C, const F& body) {
+inline void for_channels(i64 C, i64 end, const F& body) {
   constexpr i64 L = LANES<T>;
   i64 c = 0;
-  for (; c + 4 * L <= C; c += 4 * L) body(Channels<T, 4, true>{c, 4 * L});
-  for (; c + 2 * L <= C; c += 2 * L) body(Channels<T, 2, true>{c, 2 * L});
-  for (; c + L <= C; c += L) body(Channels<T, 1, true>{c, L});
-  if (c < C && C > L) body(Channels<T, 1, true>{C - L, L});
-  if (C < L) body(Channels<T, 1, false>{0, C});
+  for (; c + 4 * L <= C; c += 4 * L) body(Channels<T, 4, true>{c, 4 * L, end});
+  for (; c + 2 * L <= C; c += 2 * L) body(Channels<T, 2, true>{c, 2 * L, end});
+  for (; c + L <= C; c += L) body(Channels<T, 1, true>{c, L, end});
+  if (c < C && C > L) body(Channels<T, 1, true>{C - L, L, end});
+  if (C < L) body(Channels<T, 1, false>{0, C, end});
 }
 
 // ---- passes over the rows -----------------------------------------------------------------------------------------
@@ -56,7 +61,7 @@ template <class T, class F>
 void sum_parts(double* sums, i64 M, i64 C, const F& term) {
   parallel_ranges(M, part_rows(C), [&](i64 begin, i64 end) {
     double* part = sums + begin / part_rows(C) * 2 * C;
-    for_channels<T>(C, [&](auto channels) {
+    for_channels<T>(C, end * C, [&](auto channels) {
       // Several rows at once where a block has few vectors: an addition takes four cycles, two can start in each.
       constexpr int VECS = decltype(channels)::VECS, ROWS = 4 / VECS;
       Vec<T> first[ROWS][VECS] = {}, second[ROWS][VECS] = {};
@@ -86,7 +91,7 @@ template <class T>
 void normalise(T* y, const T* x, const T* mean, const T* scale, const T* offset, const T* residual, bool relu, i64 M,
                i64 C) {
   parallel_ranges(M, part_rows(C), [&](i64 begin, i64 end) {
-    for_channels<T>(C, [&](auto channels) {
+    for_channels<T>(C, end * C, [&](auto channels) {
       constexpr int VECS = decltype(channels)::VECS;
       Vec<T> m[VECS], k[VECS], o[VECS];
       for (int v = 0; v < VECS; v++) {
@@ -96,10 +101,10 @@ void normalise(T* y, const T* x, const T* mean, const T* scale, const T* offset,
       }
       for (i64 row = begin; row < end; row++) {
         for (int v = 0; v < VECS; v++) {
-          Vec<T> value = (channels.load(x + row * C, v) - m[v]) * k[v] + o[v];
-          if (residual) value += channels.load(residual + row * C, v);
+          Vec<T> value = (channels.load(x, row * C, v) - m[v]) * k[v] + o[v];
+          if (residual) value += channels.load(residual, row * C, v);
           if (relu) value = larger<T>(Vec<T>{}, value);
-          channels.store(y + row * C, v, value);
+          channels.store(y, row * C, v, value);
         }
       }
     });
@@ -122,7 +127,7 @@ void moments(double* mean, double* m2, const T* x, i64 M, i64 C) {
   const i64 parts = part_count(M, C), rows = part_rows(C);
   Scratch<double> sums(parts * 2 * C);
   sum_parts<T>(sums.get(), M, C, [=](auto channels, i64 begin, i64 row, int v, Vec<T>& sum, Vec<T>& squares) {
-    const Vec<T> d = channels.load(x + row * C, v) - channels.load(x + begin * C, v);
+    const Vec<T> d = channels.load(x, row * C, v) - channels.load(x, begin * C, v);
     sum += d;
     squares += d * d;
   });
@@ -162,8 +167,8 @@ void batch_norm_forward(T* y, T* mean, T* inv_std, T* running_mean, T* running_v
 // The gradient that arrives at y before the ReLU.
 template <class T, class Block>
 inline Vec<T> masked(const Block& channels, const T* dy, const T* y, i64 at, int v) {
-  const Vec<T> g = channels.load(dy + at, v);
-  return y ? (channels.load(y + at, v) > T(0) ? g : Vec<T>{}) : g;
+  const Vec<T> g = channels.load(dy, at, v);
+  return y ? (channels.load(y, at, v) > T(0) ? g : Vec<T>{}) : g;
 }
 
 // sum_g = sum of g and sum_gx = sum of g * (x - mean) over the rows, g the masked dy, which dresidual receives.
@@ -174,9 +179,9 @@ void gradient_sums(double* sum_g, double* sum_gx, T* dresidual, const T* dy, con
   Scratch<double> sums(parts * 2 * C);
   sum_parts<T>(sums.get(), M, C, [=](auto channels, i64, i64 row, int v, Vec<T>& first, Vec<T>& second) {
     const Vec<T> g = masked(channels, dy, y, row * C, v);
-    if (dresidual) channels.store(dresidual + row * C, v, g);
+    if (dresidual) channels.store(dresidual, row * C, v, g);
     first += g;
-    second += g * (channels.load(x + row * C, v) - channels.load(mean, v));
+    second += g * (channels.load(x, row * C, v) - channels.load(mean, v));
   });
   for (i64 c = 0; c < C; c++) sum_g[c] = sum_gx[c] = 0;
   for (i64 part = 0; part < parts; part++) {
@@ -215,7 +220,7 @@ void batch_norm_backward(T* dx, T* dresidual, T* dgamma, T* dbeta, const T* dy, 
   // dresidual holds g already: one array to read where there would be two.
   if (dresidual) dy = dresidual, y = nullptr;
   parallel_ranges(M, part_rows(C), [&](i64 begin, i64 end) {
-    for_channels<T>(C, [&](auto channels) {
+    for_channels<T>(C, end * C, [&](auto channels) {
       constexpr int VECS = decltype(channels)::VECS;
       Vec<T> k[VECS], n[VECS], m[VECS], mg[VECS];
       for (int v = 0; v < VECS; v++) {
@@ -227,8 +232,8 @@ void batch_norm_backward(T* dx, T* dresidual, T* dgamma, T* dbeta, const T* dy, 
       for (i64 row = begin; row < end; row++) {
         for (int v = 0; v < VECS; v++) {
           const Vec<T> g = masked(channels, dy, y, row * C, v);
-          const Vec<T> deviation = channels.load(x + row * C, v) - m[v];
-          channels.store(dx + row * C, v, k[v] * ((g - mg[v]) - deviation * n[v]));
+          const Vec<T> deviation = channels.load(x, row * C, v) - m[v];
+          channels.store(dx, row * C, v, k[v] * ((g - mg[v]) - deviation * n[v]));
         }
       }
     });

@@ -73,19 +73,19 @@ void max_pool2d_backward(T* dx, const T* dy, const std::int32_t* argmax, const W
     T* image = dx + n * s.H * s.W * s.C;
     zero(image, s.H * s.W * s.C);
     for_windows(s, n * s.P, (n + 1) * s.P, [&](i64 pixel, i64 h, i64 w, Span rows, Span columns) {
-      const T* __restrict g = dy + pixel * s.C;
-      const std::int32_t* __restrict at = argmax + pixel * s.C;
-      // Every pixel of the window looks for itself in argmax: no scattered stores, and the compiler makes vectors.
-      for (i64 r = rows.begin; r < rows.end; r++) {
-        for (i64 t = columns.begin; t < columns.end; t++) {
-          T* __restrict to = image + ((h + r) * s.W + w + t) * s.C;
-          const std::int32_t here = std::int32_t(r * s.S + t);
-          for (i64 c = 0; c < s.C; c++) {
-            const T value = g[c];  // read either way: a load under a condition would keep the loop scalar
-            to[c] += at[c] == here ? value : T(0);
+      for_vectors<T>(s.C, [&](i64 c, i64 lanes) {
+        const Vec<T> g = load_first(dy + pixel * s.C + c, lanes);
+        Positions<T> positions{};
+        __builtin_memcpy(&positions, argmax + pixel * s.C + c, std::size_t(lanes) * sizeof(std::int32_t));
+        const auto at = __builtin_convertvector(positions, Vec<T>);
+        // Every pixel of the window looks for itself in argmax: no scattered stores.
+        for (i64 r = rows.begin; r < rows.end; r++) {
+          for (i64 t = columns.begin; t < columns.end; t++) {
+            T* const to = image + ((h + r) * s.W + w + t) * s.C + c;
+            store_first(to, load_first(to, lanes) + (at == splat(T(r * s.S + t)) ? g : Vec<T>{}), lanes);
           }
         }
-      }
+      });
     });
   });
 }
