@@ -122,6 +122,10 @@ def convolutions(n20, n50):
             lambda k, dy, x, w, stride=stride, pad=pad: k.conv2d_backward_weight(dy, x, w.shape, stride, pad),
             lambda torch, dy, x, w, backward=backward: backward(torch, dy, x, w, [False, True, False])[1],
             gives="weights", **counts)
+        yield Case("conv2d_backward", label, [("image", dy), ("image", x), ("weights", weights)],
+            lambda k, dy, x, w, stride=stride, pad=pad: k.conv2d_backward(dy, x, w, stride, pad),
+            lambda torch, dy, x, w, backward=backward: backward(torch, dy, x, w, [True, True, False])[:1],
+            gives="image", flops=2 * counts["flops"], moved=2 * counts["moved"] - 4 * math.prod(dy))
 
 
 def batch_norms(n20, n50):

@@ -34,6 +34,7 @@ struct Channels {
 
 // Wide blocks first: a row is then read in long runs. A rest is taken as the last whole vector of the row, and
 // the channels that it shares with the block before are computed again. `end` is the end of the part, in elements.
+// `body` should hold its variables by value: one that it reaches through a reference is read anew after every store.
 template <class T, class F>
 inline void for_channels(i64 C, i64 end, const F& body) {
   constexpr i64 L = LANES<T>;
@@ -61,7 +62,7 @@ template <class T, class F>
 void sum_parts(double* sums, i64 M, i64 C, const F& term) {
   parallel_ranges(M, part_rows(C), [&](i64 begin, i64 end) {
     double* part = sums + begin / part_rows(C) * 2 * C;
-    for_channels<T>(C, end * C, [&](auto channels) {
+    for_channels<T>(C, end * C, [=](auto channels) {
       // Several rows at once where a block has few vectors: an addition takes four cycles, two can start in each.
       constexpr int VECS = decltype(channels)::VECS, ROWS = 4 / VECS;
       Vec<T> first[ROWS][VECS] = {}, second[ROWS][VECS] = {};
@@ -91,7 +92,7 @@ template <class T>
 void normalise(T* y, const T* x, const T* mean, const T* scale, const T* offset, const T* residual, bool relu, i64 M,
                i64 C) {
   parallel_ranges(M, part_rows(C), [&](i64 begin, i64 end) {
-    for_channels<T>(C, end * C, [&](auto channels) {
+    for_channels<T>(C, end * C, [=](auto channels) {
       constexpr int VECS = decltype(channels)::VECS;
       Vec<T> m[VECS], k[VECS], o[VECS];
       for (int v = 0; v < VECS; v++) {
@@ -220,7 +221,7 @@ void batch_norm_backward(T* dx, T* dresidual, T* dgamma, T* dbeta, const T* dy, 
   // dresidual holds g already: one array to read where there would be two.
   if (dresidual) dy = dresidual, y = nullptr;
   parallel_ranges(M, part_rows(C), [&](i64 begin, i64 end) {
-    for_channels<T>(C, end * C, [&](auto channels) {
+    for_channels<T>(C, end * C, [=, &k0, &k1, &mean_g](auto channels) {
       constexpr int VECS = decltype(channels)::VECS;
       Vec<T> k[VECS], n[VECS], m[VECS], mg[VECS];
       for (int v = 0; v < VECS; v++) {

@@ -263,7 +263,12 @@ template <class T, int PIXELS, int VECTORS>
 __attribute__((noinline)) void correlate_tile(T* y, i64 filters, const T* x, const T* w, const Correlation<T>& o) {
   Vec<T> sum[PIXELS][VECTORS] = {};
   if (o.direct) {
-    if (o.groups > 0) add_taps<T, 1>(sum, x, o.x_column, w, o.C);
+    // With few filters most tiles meet their pixels for the first time, and ask for those of the next tile meanwhile.
+    const i64 step = o.K > FILTERS ? o.C : BLOCK;
+    for (i64 c = 0; c < o.C && o.groups > 0; c += step) {
+      for (int i = 0; i < PIXELS && step == BLOCK; i++) __builtin_prefetch(x + (i + PIXELS) * o.x_column + c);
+      w = add_taps<T, 1>(sum, x + c, o.x_column, w, least(step, o.C - c));
+    }
   } else {
     for (i64 c = 0; c < o.C; c += BLOCK, x += o.x.block()) {
       const i64 channels = least(BLOCK, o.C - c);

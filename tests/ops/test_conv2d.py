@@ -167,6 +167,38 @@ def test_layers_of_the_networks(shape, algorithm, device, rng):
     assert all(a.dtype == np.float32 for a in got)
 
 
+LARGE = {
+    "weights beyond the cache: images share them": Geometry(5, 7, 7, 176, 176, 3, 3, padding=(1, 1)),
+    "few images: tasks share the filters": Geometry(1, 12, 12, 40, 150, 3, 3, padding=(1, 1)),
+    "an image in bands": Geometry(1, 40, 60, 70, 20, 3, 3, stride=(2, 2), padding=(1, 1)),
+    "a matrix product": Geometry(3, 9, 11, 100, 70, 1, 1),
+    "a matrix product of every other pixel": Geometry(3, 13, 12, 100, 40, 1, 1, stride=(2, 2)),
+    "few channels, wide window": Geometry(3, 30, 31, 3, 70, 7, 7, stride=(2, 2), padding=(3, 3)),
+    "few channels, padded column": Geometry(2, 30, 30, 4, 20, 5, 1, padding=(2, 1)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_layers_on_the_cpu(name):
+    """Sizes at which the work is cut in other ways than in the small ones, and by shape alone: on integers `direct`
+    gives the bits of `naive`, and on any numbers its own whatever the number of threads."""
+    g = LARGE[name]
+    arrays = _integers(g, np.float32)
+    with tinyres.options(conv="naive"):
+        want = _all_three(*arrays, g, "cpu")
+    for result, expected in zip(_all_three(*arrays, g, "cpu"), want, strict=True):
+        assert np.array_equal(result, expected)
+
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(array.shape).astype(np.float32) for array in arrays]
+    results = []
+    for threads in (1, 2, 3, 4):
+        with tinyres.options(threads=threads):
+            results.append(_all_three(*arrays, g, "cpu"))
+    for result in results[1:]:
+        assert all(map(np.array_equal, result, results[0]))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_unread_pixels_get_no_gradient(device):
     g = CONVS["stride larger than the window"]

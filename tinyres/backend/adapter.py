@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from tinyres.backend import compose
 from tinyres.backend.reference import output_size
 from tinyres.errors import ArgumentError, fail
 from tinyres.options import get as options
@@ -256,6 +257,8 @@ class Adapter:
         dw = self.empty(w_shape, _wide(dy.dtype))
         self.extension.conv2d_backward_weight(dw, self.contiguous(dy), self.contiguous(x), stride, padding, algorithm)
         return dw
+
+    conv2d_backward = compose.conv2d_backward  # one kernel for both would save a reading of dy, and next to no time
 
     # batch norm: plain, +ReLU and +add+ReLU are one kernel with two switches ----------------------------------------
 

@@ -4,6 +4,12 @@ They state what a fused kernel means, and are what the tests hold it to. `self` 
 """
 
 
+def conv2d_backward(self, dy, x, w, stride, padding):
+    dy = self.contiguous(dy)
+    dx = self.conv2d_backward_input(dy, w, x.shape, stride, padding)
+    return dx, self.conv2d_backward_weight(dy, x, w.shape, stride, padding)
+
+
 def add_relu(self, a, b):
     return self.relu(self.add(a, b))
 

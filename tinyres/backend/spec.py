@@ -77,6 +77,7 @@ MANDATORY = {
 }
 
 FUSED = {
+    "conv2d_backward": "(dy, x, w, stride, padding) -> dx, dw",
     "add_relu": "(a, b) -> relu(a + b), same shapes; its backward is relu_backward",
     "conv2d_bias_forward": "(x, w, b, residual, relu, stride, padding) -> conv2d_forward + b, plus residual (None or "
     "in y's shape), through relu where `relu`",

@@ -28,9 +28,11 @@ class Conv2d(Function):
 
     def _gradients(self, dy, needs, x, w, stride, padding):
         dx = dw = db = None
-        if needs[0]:
+        if needs[0] and needs[1]:
+            dx, dw = self.kernels.conv2d_backward(dy, x, w, stride, padding)
+        elif needs[0]:
             dx = self.kernels.conv2d_backward_input(dy, w, x.shape, stride, padding)
-        if needs[1]:
+        elif needs[1]:
             dw = self.kernels.conv2d_backward_weight(dy, x, w.shape, stride, padding)
         if needs[2]:
             db = self.kernels.sum(dy, (0, 1, 2), False)
