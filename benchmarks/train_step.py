@@ -156,6 +156,8 @@ def work(name, args, kwargs, result):
         flops = 2 * result.size * math.prod(args[1].shape[:3])
     elif name == "conv2d_backward_input":
         flops = 2 * args[0].size * math.prod(args[1].shape[:3])
+    elif name == "conv2d_backward":
+        flops = 4 * args[0].size * math.prod(args[2].shape[:3])
     elif name == "conv2d_backward_weight":
         flops = 2 * args[0].size * math.prod(result.shape[:3])
     return flops, sum(array.nbytes for array in arrays_in((args, result)))
