@@ -19,7 +19,12 @@ import statistics
 import harness
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-NAMES = {"ours": "tinyres", "torch_eager": "PyTorch eager", "torch_compile": "PyTorch compile"}
+NAMES = {
+    "ours": "tinyres",
+    "ours_direct": "tinyres, direct convolution",
+    "torch_eager": "PyTorch eager",
+    "torch_compile": "PyTorch compile",
+}
 IN_README = ("train_run", "train_step")
 
 

@@ -6,7 +6,8 @@
     python benchmarks/train_step.py --busy-core                    # and again with another process on one core
 
 A step is what a user's loop does: forward, loss, backward, SGD with momentum and weight decay, through the public
-Python API, with the fused model. PyTorch runs eager and compiled, both channels_last, with its fused optimizer, as
+Python API, with the fused model. On a CPU it is timed a second time without Winograd's algorithm, `ours_direct`, as
+PyTorch's convolutions are direct ones. PyTorch runs eager and compiled, both channels_last, with its fused optimizer, as
 many threads, bound to the same cores, and a C allocator told to keep its blocks. On a GPU the batches lie there
 already, float32 is float32 on both sides (no TF32), and the time is that from step to step, by the GPU's events.
 In inference nothing is recorded, and batch norm is folded into the convolutions on both sides; PyTorch's compiler
@@ -56,11 +57,11 @@ def our_model(model):
 
 
 class Ours:
-    def __init__(self, model, inputs, threads, device, inference):
+    def __init__(self, model, inputs, threads, device, inference, conv="auto"):
         import tinyres
         from tinyres import ops
 
-        tinyres.options(threads=threads)
+        tinyres.options(threads=threads, conv=conv)
         tinyres.backend.use(device)
         self.device = tinyres.backend.get()
         self.clock = harness.CupyClock() if device == "cuda" else harness.HostClock()
@@ -239,7 +240,9 @@ class Torch:
 
 
 def competitor(name, *arguments):
-    return Ours(*arguments) if name == "ours" else Torch(*arguments, compiled=name == "torch_compile")
+    if name in ("ours", "ours_direct"):
+        return Ours(*arguments, conv="direct" if name == "ours_direct" else "auto")
+    return Torch(*arguments, compiled=name == "torch_compile")
 
 
 class Server:
@@ -314,10 +317,14 @@ def close(a, b, tolerance):
 def measure(args, folder):
     inputs = str(pathlib.Path(folder) / "inputs.npz")
     write_inputs(inputs, args.model, args.batch_size, args.inference)
-    names = ["ours"] + (["torch_eager", "torch_compile"] if args.against == "torch" else [])
+    names = ["ours"]
+    if args.device == "cpu":
+        names.append("ours_direct")  # as PyTorch computes them: the like-for-like comparison
+    if args.against == "torch":
+        names += ["torch_eager", "torch_compile"]
     children, started, failed = {}, {}, {}
     for name in names:
-        if name == "ours":
+        if name in ("ours", "ours_direct"):
             environment = {"TINYRES_CPU_ISA": args.isa} if args.isa else {}
         else:
             environment = {**harness.torch_environment(args.isa), "OMP_NUM_THREADS": str(args.threads)}
