@@ -7,8 +7,8 @@
 
 A step is what a user's loop does: forward, loss, backward, SGD with momentum and weight decay, through the public
 Python API, with the fused model. On a CPU it is timed a second time without Winograd's algorithm, `ours_direct`, as
-PyTorch's convolutions are direct ones. PyTorch runs eager and compiled, both channels_last, with its fused optimizer, as
-many threads, bound to the same cores, and a C allocator told to keep its blocks. On a GPU the batches lie there
+PyTorch's convolutions are direct ones. PyTorch runs eager and compiled, both channels_last, with its fused optimizer,
+as many threads, bound to the same cores, and a C allocator told to keep its blocks. On a GPU the batches lie there
 already, float32 is float32 on both sides (no TF32), and the time is that from step to step, by the GPU's events.
 In inference nothing is recorded, and batch norm is folded into the convolutions on both sides; PyTorch's compiler
 gets the weights as constants (freezing), which lets it choose their layout and fuse ReLU and addition as well.
