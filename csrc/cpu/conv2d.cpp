@@ -590,13 +590,14 @@ void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
   const View<T> v = view_of(x, s, runs);
   // A unit of work is a band of rows of one image, or several small images. So many pixels are enough to make the
   // flush of the sums cheap, and few enough to stay in the cache while every tap and channel passes over them.
-  const i64 pixels = most(32, least(TAPS == 3 ? 512 : 256, v.N * v.P * v.Q / TASKS));
+  const i64 most_shares = ceil_div(s.K, FILTERS), fewest_parts = ceil_div(TASKS, most_shares);
+  const i64 pixels = most(128, least(TAPS == 3 ? 512 : 256, v.N * v.P * v.Q / fewest_parts));
   const i64 unit_images = most(1, pixels / (v.P * v.Q));
   const i64 bands = ceil_div(v.P, most(1, least(v.P, pixels / v.Q))), unit_rows = ceil_div(v.P, bands);
   const i64 units = ceil_div(v.N, unit_images) * bands;
   // A task sums one part of the units for some filters. Parts are added up in order at the end.
   const i64 K = ceil_div(s.K, BLOCK) * BLOCK, rows = s.R * s.S * s.C;
-  const i64 parts = count_parts(s.N * s.H * s.W * s.C, rows * K, units, ceil_div(s.K, FILTERS));
+  const i64 parts = count_parts(s.N * s.H * s.W * s.C, rows * K, units, most_shares);
   const i64 share = ceil_div(ceil_div(s.K, ceil_div(TASKS, parts)), FILTERS) * FILTERS, shares = ceil_div(s.K, share);
   Scratch<T> partial(parts * rows * K);
 
