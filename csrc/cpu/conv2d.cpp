@@ -5,7 +5,8 @@
 // `naive` is that formula in plain loops, and the formula read backwards for the gradients; it is what the rest is
 // tested against. `direct` does the same sums near the rate at which the cores can multiply and add:
 //   - an image is first copied into a zero-bordered scratch in blocks of channels (Blocks), so that the inner loops
-//     know no borders, and pixels lie a constant distance apart whatever the stride;
+//     know no borders, and pixels lie a constant distance apart whatever the stride; windows of a single pixel without
+//     borders need no copy, their convolution is a product of matrices;
 //   - weights are packed in the exact order in which they are read;
 //   - a tile of pixels times a few vectors of filters stays in registers while all taps and channels are summed.
 // One driver, correlate, serves forward and the input gradient; the weight gradient is a sum of outer products.
@@ -20,10 +21,11 @@ namespace {
 // Channels of a block: a cache line of floats. A multiple of every vector length.
 constexpr int BLOCK = 16;
 
-// The two FMA ports need 8 to 10 sums in flight. 16 (24 in the weight gradient) leave room in 32 registers for the
-// weights that several pixels share; machines with 16 registers get half.
+// Sums in registers. The two FMA ports need 8 in flight, and more where some wait for loads. 16 (24 in the weight
+// gradient of 3 taps) leave room in 32 registers for the weights that several pixels share. Of 16 registers 12 can
+// be sums: 8 would be too few (a tenth of the speed).
 #if TINYRES_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int TILE = 16, OUTER_SUMS[2] = {16, 24};
+constexpr int TILE = 16, OUTER_SUMS[2] = {16, 24};  // [3 taps?]
 #else
 constexpr int TILE = 12, OUTER_SUMS[2] = {12, 12};
 #endif
@@ -32,8 +34,9 @@ constexpr int FILTER_VECTORS = 2;
 // Up to so many channels, the weight gradient takes a row of a window as one tap.
 constexpr i64 FEW_CHANNELS = 4;
 
-// Work is cut so that no machine of usual size idles at batch 1 and a scratch image stays in the L2 cache.
-constexpr i64 TASKS = 16, FILTERS = 64, SCRATCH_BYTES = 512 << 10;
+// Work is cut so that no machine of usual size idles at batch 1 and a scratch image stays in the L2 cache. Tasks that
+// share an image's filters do FILTERS at least, to be worth a copy of the image each.
+constexpr i64 TASKS = 16, FILTERS = 64, SCRATCH_BYTES = 512 << 10, PARTIAL_BYTES = 64 << 20;
 
 inline i64 least(i64 a, i64 b) { return a < b ? a : b; }
 inline i64 most(i64 a, i64 b) { return a > b ? a : b; }
@@ -570,13 +573,14 @@ inline void products_of(i64 channels, const WeightSums<T>& to, const Pixels<T>& 
 }
 
 // In how many parts the pixels are summed, where tasks that do the same part share the filters: as many tasks as
-// wanted, then as little traffic as possible. Each share reads x again; each part writes all its sums, to be read once
-// more.
-inline i64 count_parts(i64 x, i64 weights, i64 units, i64 most_shares) {
+// wanted, then as little traffic as possible. Each share reads x again; each part writes all its sums, of which there
+// may be `limit` elements, to be read once more.
+inline i64 count_parts(i64 x, i64 weights, i64 units, i64 most_shares, i64 limit) {
   i64 best = 0, tasks = 0, cost = 0;
   for (i64 doubling = 1; doubling <= TASKS; doubling *= 2) {
     const i64 parts = least(doubling, units), shares = least(most_shares, TASKS / parts);
     const i64 traffic = shares * x + 2 * parts * weights;
+    if (parts > 1 && parts * weights > limit) break;
     if (parts * shares > tasks || (parts * shares == tasks && traffic < cost))
       best = parts, tasks = parts * shares, cost = traffic;
   }
@@ -597,7 +601,7 @@ void direct_backward_weight(T* dw, const T* dy, const T* x, const Window& s) {
   const i64 units = ceil_div(v.N, unit_images) * bands;
   // A task sums one part of the units for some filters. Parts are added up in order at the end.
   const i64 K = ceil_div(s.K, BLOCK) * BLOCK, rows = s.R * s.S * s.C;
-  const i64 parts = count_parts(s.N * s.H * s.W * s.C, rows * K, units, most_shares);
+  const i64 parts = count_parts(s.N * s.H * s.W * s.C, rows * K, units, most_shares, PARTIAL_BYTES / sizeof(T));
   const i64 share = ceil_div(ceil_div(s.K, ceil_div(TASKS, parts)), FILTERS) * FILTERS, shares = ceil_div(s.K, share);
   Scratch<T> partial(parts * rows * K);
 
