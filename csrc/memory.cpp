@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -45,6 +46,24 @@ struct alignas(ALIGNMENT) Header {
 };
 
 Header* header_of(void* block) { return static_cast<Header*>(block) - 1; }
+
+// A large block begins at the border of a huge page and asks for such pages, which spare the misses of address
+// translation. What lies in front of it, to reach that border, is never touched but for the header.
+constexpr std::size_t HUGE_PAGE = std::size_t(2) << 20;
+
+std::size_t in_front(std::size_t bytes) { return bytes >= HUGE_PAGE ? HUGE_PAGE : sizeof(Header); }
+
+void* new_block(std::size_t bytes) {
+  const std::size_t front = in_front(bytes);
+  char* const raw = static_cast<char*>(std::aligned_alloc(front == HUGE_PAGE ? HUGE_PAGE : ALIGNMENT, front + bytes));
+  if (!raw) return nullptr;
+#ifdef MADV_HUGEPAGE
+  if (front == HUGE_PAGE) madvise(raw + front, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);  // only a wish
+#endif
+  return raw + front;
+}
+
+void free_block(void* block, std::size_t bytes) { std::free(static_cast<char*>(block) - in_front(bytes)); }
 
 class Allocator {
  public:
@@ -91,16 +110,15 @@ class Allocator {
 
  private:
   Header* ask_system(const SizeClass& size) {
-    const std::size_t total = sizeof(Header) + size.bytes;
-    void* raw = std::aligned_alloc(ALIGNMENT, total);
-    if (!raw) {
+    void* block = new_block(size.bytes);
+    if (!block) {
       release_waiting();
-      raw = std::aligned_alloc(ALIGNMENT, total);
+      block = new_block(size.bytes);
     }
-    if (!raw) throw std::bad_alloc();
+    if (!block) throw std::bad_alloc();
     stats_.system_allocations++;
     stats_.bytes_held += i64(size.bytes);
-    return new (raw) Header{nullptr, size};
+    return new (header_of(block)) Header{nullptr, size};
   }
 
   void release_waiting() noexcept {
@@ -110,7 +128,7 @@ class Allocator {
         first = header->next;
         stats_.bytes_held -= i64(header->size.bytes);
         ASAN_UNPOISON_MEMORY_REGION(header + 1, header->size.bytes);
-        std::free(header);
+        free_block(header + 1, header->size.bytes);
       }
     }
   }

@@ -1,13 +1,17 @@
-// A caller publishes a job; it and the workers pick chunks until none is left. Picking is one compare-and-swap on
-// `state_`, which carries the job's generation and the number of chunks left: a worker that comes late, or was
-// suspended between looking and picking, finds none left or fails that swap, and touches nothing. So the caller can
-// finish a job alone and waits for nothing but chunks that somebody else is computing: a busy second core costs speed,
-// never a stall.
+// A caller publishes a job, its chunks dealt out in equal shares: thread i gets the i-th part of them in every job.
+// What it wrote in one kernel is so in its own core's cache when the next one reads it, which took an eighth off a
+// training step. A thread that has finished its share helps with the others.
+//
+// Picking a chunk is one compare-and-swap on the share's state, which carries the job's generation and the number of
+// chunks left: a worker that comes late, or was suspended between looking and picking, finds none left or fails that
+// swap, and touches nothing. So the caller can finish a job alone and waits for nothing but chunks that somebody else
+// is computing: a busy second core costs speed, never a stall.
 #include "parallel.h"
 
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
+#include <strings.h>
 
 #include <algorithm>
 #include <atomic>
@@ -20,6 +24,7 @@
 #include <mutex>
 #include <thread>
 #include <utility>
+#include <vector>
 
 namespace tinyres {
 namespace {
@@ -30,17 +35,50 @@ constexpr i64 MAX_CHUNKS = INT32_MAX;
 // Long enough to bridge the Python between two kernels, short enough not to be noticed by anybody else.
 constexpr std::chrono::microseconds SPIN{50};
 
-int available_cpus() {
+// The CPUs on which the calling thread may run; where the system does not tell, only their number is right.
+std::vector<int> available_cpus() {
+  std::vector<int> result;
 #ifdef __linux__
-  for (int cpus = 1024; cpus <= 1 << 20; cpus *= 2) {  // the kernel refuses a set smaller than its own
+  for (int cpus = 1024; cpus <= 1 << 20 && result.empty();
+       cpus *= 2) {  // the kernel refuses a set smaller than its own
     cpu_set_t* set = CPU_ALLOC(cpus);
     const std::size_t bytes = CPU_ALLOC_SIZE(cpus);
-    const int count = set && sched_getaffinity(0, bytes, set) == 0 ? CPU_COUNT_S(bytes, set) : 0;
+    if (set && sched_getaffinity(0, bytes, set) == 0) {
+      for (int cpu = 0; cpu < cpus; cpu++)
+        if (CPU_ISSET_S(cpu, bytes, set)) result.push_back(cpu);
+    }
     if (set) CPU_FREE(set);
-    if (count > 0) return count;
   }
 #endif
-  return std::max(1, int(std::thread::hardware_concurrency()));
+  if (result.empty()) result.resize(std::max(1u, std::thread::hardware_concurrency()));
+  return result;
+}
+
+// OMP_PROC_BIND asks for it, as in OpenMP: a thread then stays on its CPU, and what it has in that CPU's cache is there
+// for its next kernel. Not so by default, for two processes would bind themselves to the same CPUs.
+bool binding_wanted() {
+  const char* const asked = std::getenv("OMP_PROC_BIND");
+  return asked && *asked && strcasecmp(asked, "false") != 0;
+}
+
+// The CPUs to bind threads to: those of the process before the first was bound, in a forked child as well.
+const std::vector<int>& places() {
+  static const std::vector<int> found = available_cpus();
+  return found;
+}
+
+void bind_to(int cpu) {
+#ifdef __linux__
+  cpu_set_t* set = CPU_ALLOC(cpu + 1);
+  const std::size_t bytes = CPU_ALLOC_SIZE(cpu + 1);
+  if (!set) return;
+  CPU_ZERO_S(bytes, set);
+  CPU_SET_S(cpu, bytes, set);
+  pthread_setaffinity_np(pthread_self(), bytes, set);  // on failure the thread stays where the system puts it
+  CPU_FREE(set);
+#else
+  (void)cpu;
+#endif
 }
 
 inline void relax() {
@@ -89,8 +127,14 @@ class Sleeper {
   std::atomic<bool> asleep_{false};
 };
 
+int count_cpus() { return int(binding_wanted() ? places().size() : available_cpus().size()); }
+
 class Pool {
  public:
+  Pool() {
+    if (bind_) bind_to(places()[0]);
+  }
+
   // False if the pool serves another call; then nothing has been run.
   bool run(i64 chunks, int threads, void (*fn)(void*, i64), void* context) {
     if (busy_.exchange(true, std::memory_order_acquire)) return false;
@@ -103,10 +147,14 @@ class Pool {
     done_.store(0, std::memory_order_relaxed);
     failed_.store(false, std::memory_order_relaxed);
 
-    const std::uint32_t generation = generation_of(state_.load(std::memory_order_relaxed)) + 1;
-    state_.store(std::uint64_t(generation) << 32 | std::uint64_t(chunks));
+    const std::uint32_t generation = generation_.load(std::memory_order_relaxed) + 1;
+    for (int i = 0; i <= helpers; i++) {
+      const i64 left = share_end(i, chunks, helpers) - share_end(i - 1, chunks, helpers);
+      shares_[i].state.store(std::uint64_t(generation) << 32 | std::uint64_t(left));
+    }
+    generation_.store(generation);
     for (int i = 0; i < helpers; i++) workers_[std::size_t(i)].wake();
-    work(generation);
+    work(generation, 0);
 
     const auto finished = [&] { return done_.load() == chunks; };
     if (!finished() && !(spin_.load(std::memory_order_relaxed) && spin_until(finished))) caller_.sleep_until(finished);
@@ -117,7 +165,12 @@ class Pool {
   }
 
  private:
+  struct alignas(64) Share {              // a cache line each
+    std::atomic<std::uint64_t> state{0};  // generation of its job << 32 | chunks left
+  };
+
   static std::uint32_t generation_of(std::uint64_t state) { return std::uint32_t(state >> 32); }
+  static i64 share_end(int share, i64 chunks, int helpers) { return chunks * (share + 1) / (helpers + 1); }
 
   // Brings the number of workers up to `count` if the system lets it; returns how many of them will help.
   int hire(int count) {
@@ -138,7 +191,7 @@ class Pool {
 
   void hire_one() {
     const int index = int(workers_.size());
-    const std::uint32_t seen = generation_of(state_.load(std::memory_order_relaxed));
+    const std::uint32_t seen = generation_.load(std::memory_order_relaxed);
     Sleeper& sleeper = workers_.emplace_back();
     try {
       std::thread([this, index, seen, &sleeper] { serve(index, seen, sleeper); }).detach();
@@ -149,33 +202,38 @@ class Pool {
   }
 
   [[noreturn]] void serve(int index, std::uint32_t seen, Sleeper& sleeper) {
-    const auto published = [&] { return generation_of(state_.load()) != seen; };
+    const auto published = [&] { return generation_.load() != seen; };
+    if (bind_) bind_to(places()[std::size_t(index + 1) % places().size()]);
     bool spin = false;
     for (;;) {
       if (!(spin && spin_until(published))) sleeper.sleep_until(published);
-      seen = generation_of(state_.load(std::memory_order_acquire));
+      seen = generation_.load(std::memory_order_acquire);
       const bool wanted = index < helpers_.load(std::memory_order_relaxed);
-      if (wanted) work(seen);
+      if (wanted) work(seen, index + 1);
       spin = wanted && spin_.load(std::memory_order_relaxed);
     }
   }
 
   // The fields of the job are read before a chunk is picked and used only if the swap succeeds: then a chunk was left
   // all the time, and the fields are written only while none is.
-  void work(std::uint32_t generation) {
-    i64 ran = 0;
-    i64 chunks = 0;
-    std::uint64_t state = state_.load(std::memory_order_acquire);
-    while (generation_of(state) == generation) {
-      const std::uint32_t left = std::uint32_t(state);
-      if (left == 0) break;
-      chunks = chunks_.load(std::memory_order_relaxed);
-      auto* const fn = fn_.load(std::memory_order_relaxed);
-      void* const context = context_.load(std::memory_order_relaxed);
-      if (!state_.compare_exchange_weak(state, state - 1)) continue;
-      call(fn, context, chunks - left);
-      ran++;
-      state = state_.load(std::memory_order_acquire);
+  void work(std::uint32_t generation, int own) {
+    i64 ran = 0, chunks = 0;
+    const int helpers = helpers_.load(std::memory_order_relaxed);
+    for (int i = 0; i <= helpers; i++) {
+      const int share = (own + i) % (helpers + 1);
+      std::atomic<std::uint64_t>& shared = shares_[share].state;
+      std::uint64_t state = shared.load(std::memory_order_acquire);
+      while (generation_of(state) == generation) {
+        const std::uint32_t left = std::uint32_t(state);
+        if (left == 0) break;
+        chunks = chunks_.load(std::memory_order_relaxed);
+        auto* const fn = fn_.load(std::memory_order_relaxed);
+        void* const context = context_.load(std::memory_order_relaxed);
+        if (!shared.compare_exchange_weak(state, state - 1)) continue;
+        call(fn, context, share_end(share, chunks, helpers) - left);
+        ran++;
+        state = shared.load(std::memory_order_acquire);
+      }
     }
     if (ran > 0 && done_.fetch_add(ran) + ran == chunks) caller_.wake();
   }
@@ -190,7 +248,8 @@ class Pool {
   }
 
   std::atomic<bool> busy_{false};
-  std::atomic<std::uint64_t> state_{0};  // generation of the job << 32 | chunks left
+  std::atomic<std::uint32_t> generation_{0};  // of the newest job
+  Share shares_[MAX_THREADS];                 // of the caller, then of worker 0, 1 ...
   std::atomic<void (*)(void*, i64)> fn_{nullptr};
   std::atomic<void*> context_{nullptr};
   std::atomic<i64> chunks_{0};
@@ -201,7 +260,8 @@ class Pool {
   std::exception_ptr error_;
   Sleeper caller_;
   std::deque<Sleeper> workers_;
-  const int cpus_ = available_cpus();
+  const bool bind_ = binding_wanted();
+  const int cpus_ = count_cpus();
 };
 
 thread_local int requested_threads = 0;
@@ -242,7 +302,7 @@ void set_threads(int count) { requested_threads = std::clamp(count, 0, MAX_THREA
 int default_threads() {
   const char* const asked = std::getenv("OMP_NUM_THREADS");
   const long count = asked ? std::strtol(asked, nullptr, 10) : 0;
-  const int result = std::min(count > 0 && count <= INT32_MAX ? int(count) : available_cpus(), MAX_THREADS);
+  const int result = std::min(count > 0 && count <= INT32_MAX ? int(count) : count_cpus(), MAX_THREADS);
   known_default = result;
   return result;
 }

@@ -157,6 +157,34 @@ def test_affinity_is_honoured():
     assert result.stdout.split() == [b"1"], result.stderr
 
 
+@pytest.mark.parametrize("value, bound", [("true", True), ("CLOSE", True), ("false", False)])
+def test_omp_proc_bind_is_honoured(value, bound):
+    program = """
+import os, sys, time
+import numpy as np
+cpus = sorted(os.sched_getaffinity(0))
+from tinyres import _cpu
+def affinities():
+    a = np.ones(300_000, np.float32)
+    _cpu.binary("add", a.copy(), a, a)
+    return sorted(sorted(os.sched_getaffinity(int(thread))) for thread in os.listdir("/proc/self/task"))
+_cpu.set_threads(2)
+expected = sorted([cpus[:1], [cpus[1 % len(cpus)]]]) if sys.argv[1] == "True" else [cpus, cpus]
+deadline = time.monotonic() + 30  # a worker binds itself as soon as it runs
+while affinities() != expected and time.monotonic() < deadline:
+    time.sleep(0.01)
+assert affinities() == expected, affinities()
+child = os.fork()
+if child == 0:
+    os._exit(0 if _cpu.default_threads() == len(cpus) and affinities()[0] == expected[0] else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("OMP_")}
+    environment |= {"OMP_PROC_BIND": value, "OPENBLAS_NUM_THREADS": "1"}
+    result = subprocess.run([sys.executable, "-c", program, str(bound)], env=environment, capture_output=True, timeout=60)
+    assert result.returncode == 0, result.stderr.decode()
+
+
 @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 def test_the_pool_survives_a_fork():
     _cpu.set_threads(4)

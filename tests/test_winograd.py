@@ -252,16 +252,16 @@ int main(int, char** argv) {
 
 # (what is wrong, the code, what stands there instead, which results are)
 FAULTS = [
-    ("a sign of B", "- (a2 + b2) * x[2] + x[4]", "- (a2 + b2) * x[2] - x[4]", "y dx dw"),
+    ("a sign of B", "x[4] - (a2 + b2) * x[2]", "x[4] + (a2 + b2) * x[2]", "y dx dw"),
     ("a constant, in the fifth digit", "b2 = b * b", "b2 = b * b * 1.00003f", "y dx dw"),
     ("points exchanged in A", "y[2] = a2 * sum_a + b2 * sum_b", "y[2] = b2 * sum_a + a2 * sum_b", "y dx"),
-    ("infinity forgotten in the adjoint of A", "t[5] = dy[3]", "t[5] = dy[2]", "dw"),
+    ("infinity forgotten in the adjoint of A", "dy[HALF == 0 ? 0 : 3]", "dy[HALF == 0 ? 0 : 2]", "dw"),
     ("a sign of G's adjoint", "dw[1] = difference_a + difference_b", "dw[1] = difference_a - difference_b", "dw"),
     ("the padding of the input gradient", "2 - s.pad_h, 2 - s.pad_w", "1 - s.pad_h, 2 - s.pad_w", "dx"),
     ("taps of the input gradient not reversed", "w + 8 * s.C * s.K, -s.C * s.K", "w, s.C * s.K", "dx"),
     ("the first row of an image taken for padding", "h + i >= 0 &&", "h + i > 0 &&", "y dx dw"),
     ("the last channel of a block left out", "c < least(BLOCK, C - c0)", "c < least(BLOCK, C - c0) - 1", "y dx"),
-    ("the last tile of a group left out", "t < tiles; t++, v += BLOCK", "t < tiles - 1; t++, v += BLOCK", "dw"),
+    ("the last tile of a group left out", "t < least(GROUP, tiles)", "t < least(GROUP, tiles) - 1", "dw"),
 ]  # fmt: skip
 
 

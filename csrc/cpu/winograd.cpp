@@ -57,17 +57,37 @@ inline i64 padded(i64 channels) { return ceil_div(channels, BLOCK) * BLOCK; }
 // constants of A and B are exact in float.
 constexpr float a = 0.75f, b = 1.5f, a2 = a * a, b2 = b * b;
 
-// B^T x
-inline void input_transform(V (&t)[IN], const V (&x)[IN]) {
-  const V even_a = x[4] - b2 * x[2], odd_a = x[3] - b2 * x[1];
-  const V even_b = x[4] - a2 * x[2], odd_b = x[3] - a2 * x[1];
-  t[0] = a2 * b2 * x[0] - (a2 + b2) * x[2] + x[4];
-  t[1] = even_a + a * odd_a;
-  t[2] = even_a - a * odd_a;
-  t[3] = even_b + b * odd_b;
-  t[4] = even_b - b * odd_b;
-  t[5] = a2 * b2 * x[1] - (a2 + b2) * x[3] + x[5];
-}
+// B^T x, in halves: the points 0, a, -a, then b, -b, infinity.
+struct InputTransform {
+  static constexpr int SIZE = IN;
+  template <int HALF>
+  static inline void half(V (&t)[3], const V (&x)[IN]) {
+    if constexpr (HALF == 0) {
+      const V even = x[4] - b2 * x[2], odd = x[3] - b2 * x[1];
+      t[0] = a2 * b2 * x[0] + (x[4] - (a2 + b2) * x[2]);
+      t[1] = even + a * odd;
+      t[2] = even - a * odd;
+    } else {
+      const V even = x[4] - a2 * x[2], odd = x[3] - a2 * x[1];
+      t[0] = even + b * odd;
+      t[1] = even - b * odd;
+      t[2] = a2 * b2 * x[1] + (x[5] - (a2 + b2) * x[3]);
+    }
+  }
+};
+
+// A dy, in the same halves.
+struct OutputAdjoint {
+  static constexpr int SIZE = OUT;
+  template <int HALF>
+  static inline void half(V (&t)[3], const V (&dy)[OUT]) {
+    constexpr float p = HALF == 0 ? a : b, p2 = p * p;
+    const V even = dy[0] + p2 * dy[2], odd = dy[1] + p2 * dy[3];
+    t[HALF == 0 ? 0 : 2] = dy[HALF == 0 ? 0 : 3];
+    t[HALF == 0 ? 1 : 0] = even + p * odd;
+    t[HALF == 0 ? 2 : 1] = even - p * odd;
+  }
+};
 
 // A^T m
 inline void output_transform(V (&y)[OUT], const V (&m)[IN]) {
@@ -77,18 +97,6 @@ inline void output_transform(V (&y)[OUT], const V (&m)[IN]) {
   y[1] = a * difference_a + b * difference_b;
   y[2] = a2 * sum_a + b2 * sum_b;
   y[3] = a2 * a * difference_a + b2 * b * difference_b + m[5];
-}
-
-// A dy
-inline void output_adjoint(V (&t)[IN], const V (&dy)[OUT]) {
-  const V even_a = dy[0] + a2 * dy[2], odd_a = dy[1] + a2 * dy[3];
-  const V even_b = dy[0] + b2 * dy[2], odd_b = dy[1] + b2 * dy[3];
-  t[0] = dy[0];
-  t[1] = even_a + a * odd_a;
-  t[2] = even_a - a * odd_a;
-  t[3] = even_b + b * odd_b;
-  t[4] = even_b - b * odd_b;
-  t[5] = dy[3];
 }
 
 // The rows of G are (1, p, p^2) over the product of p's distances from the other finite points.
@@ -115,40 +123,43 @@ inline void weight_adjoint(V (&dw)[3], const V (&du)[IN]) {
   dw[2] = a2 * sum_a + b2 * sum_b + du[5];
 }
 
-// A transform along both axes of one vector of channels, columns first, then rows. Strides count elements. Only the
-// inner loops are unrolled: a body of 36 addresses and hundreds of instructions would spill more than it saves.
+// A transform along both axes of one vector of channels, columns first, then rows. Strides count elements.
 template <auto TRANSFORM, int TO, int FROM>
 inline void both_axes(float* to, i64 to_row, i64 to_column, const float* from, i64 from_row, i64 from_column) {
   V half[TO][FROM];
-#pragma GCC unroll 1
-  for (int j = 0; j < FROM; j++, from += from_column) {
+#pragma GCC unroll 6
+  for (int j = 0; j < FROM; j++) {
     V column[FROM], result[TO];
 #pragma GCC unroll 6
-    for (int i = 0; i < FROM; i++) column[i] = load(from + i * from_row);
+    for (int i = 0; i < FROM; i++) column[i] = load(from + i * from_row + j * from_column);
     TRANSFORM(result, column);
 #pragma GCC unroll 6
     for (int i = 0; i < TO; i++) half[i][j] = result[i];
   }
-#pragma GCC unroll 1
-  for (int i = 0; i < TO; i++, to += to_row) {
+#pragma GCC unroll 6
+  for (int i = 0; i < TO; i++) {
     V result[TO];
     TRANSFORM(result, half[i]);
 #pragma GCC unroll 6
-    for (int j = 0; j < TO; j++) store(to + j * to_column, result[j]);
+    for (int j = 0; j < TO; j++) store(to + i * to_row + j * to_column, result[j]);
   }
 }
 
 // Tiles and where they lie -------------------------------------------------------------------------------------------
 
-// Values at the 36 points: (point, channel block, tile, BLOCK). One more block between points keeps them off
-// powers of two, at which the 36 lines of a transform would compete for the same places of the cache.
+// Values at the 36 points: (group of tiles, channel block, point, tile, BLOCK). Constant distances make short code of a
+// transform's 36 addresses. One more block between points keeps them off powers of two, at which the 36 lines would
+// compete for the same places of the cache.
+constexpr i64 GROUP = 16, POINT = (GROUP + 1) * BLOCK;
 struct Points {
   float* data;
   i64 tiles, channels;
-  i64 block() const { return tiles * BLOCK; }
-  i64 point() const { return ceil_div(channels, BLOCK) * block() + BLOCK; }
-  i64 size() const { return POINTS * point(); }
-  float* at(i64 channel, i64 tile) const { return data + channel / BLOCK * block() + tile * BLOCK + channel % BLOCK; }
+  static constexpr i64 block() { return POINTS * POINT; }
+  i64 group() const { return ceil_div(channels, BLOCK) * block(); }
+  i64 size() const { return ceil_div(tiles, GROUP) * group(); }
+  float* at(i64 channel, i64 tile) const {
+    return data + tile / GROUP * group() + channel / BLOCK * block() + tile % GROUP * BLOCK + channel % BLOCK;
+  }
 };
 
 // Images (N, H, W, C) cut into tiles of SIZE x SIZE pixels whose corners are 4 apart, the first at (-pad_h, -pad_w).
@@ -164,60 +175,122 @@ struct Grid {
   i64 tiles() const { return N * rows * columns; }
 };
 
-// Transforms tile number `tile` of the images into place `to_tile` of `to`. A tile that stands out of the image, or has
-// an incomplete block of channels, is first copied with zeros around it.
-template <auto TRANSFORM, int SIZE>
-void transform_tile(const Points& to, i64 to_tile, const Images& images, const Grid& grid, i64 tile) {
-  const Images& s = images;
-  const i64 n = tile / (grid.rows * grid.columns);
-  const i64 h = tile / grid.columns % grid.rows * OUT - s.pad_h, w = tile % grid.columns * OUT - s.pad_w;
-  const bool inside = h >= 0 && w >= 0 && h + SIZE <= s.H && w + SIZE <= s.W;
-  const float* corner = s.x + ((n * s.H + h) * s.W + w) * s.C;
-  const i64 point = to.point();
-  for (i64 c = 0; c < s.C; c += BLOCK) {
-    alignas(64) float copy[SIZE][SIZE][BLOCK];
-    const float* from = corner + c;
-    i64 row = s.W * s.C, column = s.C;
-    if (!inside || s.C - c < BLOCK) {
-      const i64 channels = least(BLOCK, s.C - c);
-      for (i64 i = 0; i < SIZE; i++) {
-        for (i64 j = 0; j < SIZE; j++) {
-          const bool valid = h + i >= 0 && h + i < s.H && w + j >= 0 && w + j < s.W;
-          const float* pixel = from + i * row + j * column;
-          if (valid && channels == BLOCK) {
-            for (int k = 0; k < BLOCK; k += LANE) store(&copy[i][j][k], load(pixel + k));
-          } else {
-            for (int k = 0; k < BLOCK; k += LANE) store(&copy[i][j][k], V{});
-            for (i64 k = 0; valid && k < channels; k++) copy[i][j][k] = pixel[k];
-          }
-        }
-      }
-      from = copy[0][0], row = SIZE * BLOCK, column = BLOCK;
-    }
-    for (int k = 0; k < BLOCK; k += LANE) {
-      both_axes<TRANSFORM, IN, SIZE>(to.at(c + k, to_tile), IN * point, point, from + k, row, column);
-    }
+// Cuts tiles [first, last) at the ends of rows: body(tile, count, n, p, q) for `count` tiles of one row of image n, the
+// outputs of the first beginning at (p, q).
+template <class F>
+inline void for_rows(const Grid& grid, i64 first, i64 last, const F& body) {
+  for (i64 tile = first, count; tile < last; tile += count) {
+    const i64 row = tile / grid.columns, column = tile % grid.columns;
+    count = least(last - tile, grid.columns - column);
+    body(tile, count, row / grid.rows, row % grid.rows * OUT, column * OUT);
   }
 }
 
-// Transforms place `from_tile` of `from` back into the outputs y (N, P, Q, K) of tile number `tile`, leaving out what
-// stands out of the image.
-void write_tile(float* y, i64 P, i64 Q, i64 K, const Points& from, i64 from_tile, const Grid& grid, i64 tile) {
-  const i64 n = tile / (grid.rows * grid.columns);
-  const i64 p = tile / grid.columns % grid.rows * OUT, q = tile % grid.columns * OUT;
-  const i64 rows = least(OUT, P - p), columns = least(OUT, Q - q), point = from.point();
-  for (i64 k = 0; k < K; k += LANE) {
-    const float* in = from.at(k, from_tile);
-    float* out = y + ((n * P + p) * Q + q) * K + k;
-    if (rows == OUT && columns == OUT && K - k >= LANE) {
-      both_axes<output_transform, OUT, IN>(out, Q * K, K, in, IN * point, point);
-    } else {
-      float results[OUT][OUT][LANE];
-      both_axes<output_transform, OUT, IN>(results[0][0], OUT * LANE, LANE, in, IN * point, point);
-      for (i64 i = 0; i < rows; i++)
-        for (i64 j = 0; j < columns; j++) store_first(out + (i * Q + j) * K, load(results[i][j]), least(LANE, K - k));
-    }
+// One vector of a tile, along both axes, columns first. All 36 values between the two passes would not fit into
+// registers, the three rows of a half do: that is worth reading the tile twice.
+template <class TRANSFORM, int HALF>
+inline void transform_half(float* to, const float* tile, i64 row, i64 column) {
+  constexpr int SIZE = TRANSFORM::SIZE;
+  V half[3][SIZE];
+#pragma GCC unroll 6
+  for (int j = 0; j < SIZE; j++) {
+    V pixels[SIZE], result[3];
+#pragma GCC unroll 6
+    for (int i = 0; i < SIZE; i++) pixels[i] = load(tile + i * row + j * column);
+    TRANSFORM::template half<HALF>(result, pixels);
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; i++) half[i][j] = result[i];
   }
+#pragma GCC unroll 3
+  for (int i = 0; i < 3; i++) {
+    V first[3], second[3];
+    TRANSFORM::template half<0>(first, half[i]);
+    TRANSFORM::template half<1>(second, half[i]);
+    float* line = to + (HALF * 3 + i) * IN * POINT;
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; j++) store(line + j * POINT, first[j]), store(line + (3 + j) * POINT, second[j]);
+  }
+}
+
+// By itself: merged with its caller it would get too few registers for its 36 addresses (a third slower).
+template <class TRANSFORM>
+__attribute__((noinline)) void transform_tile(float* to, const float* tile, i64 row, i64 column) {
+  transform_half<TRANSFORM, 0>(to, tile, row, column);
+  transform_half<TRANSFORM, 1>(to, tile, row, column);
+}
+
+alignas(64) const float zeros[BLOCK] = {};
+inline void store_block(float* to, const float* from) {
+#pragma GCC unroll 4
+  for (int k = 0; k < BLOCK; k += LANE) store(to + k, load(from + k));
+}
+
+// Copies a block of channels of the tile at (h, w) with zeros for what is missing of it.
+template <int SIZE>
+void fill_up(float (&copy)[SIZE][SIZE][BLOCK], const float* tile, const Images& s, i64 h, i64 w, i64 channels) {
+  const i64 left = most(0, -w), right = least(SIZE, s.W - w);
+  for (i64 i = 0; i < SIZE; i++) {
+    const bool inside = h + i >= 0 && h + i < s.H;
+    const i64 begin = inside ? left : SIZE, end = inside ? right : SIZE;
+    for (i64 j = 0; j < begin; j++) store_block(copy[i][j], zeros);
+    for (i64 j = begin; j < end; j++) {
+      const float* pixel = tile + (i * s.W + j) * s.C;
+      if (channels == BLOCK)
+        store_block(copy[i][j], pixel);
+      else
+        for (i64 k = 0; k < BLOCK; k++) copy[i][j][k] = k < channels ? pixel[k] : 0;
+    }
+    for (i64 j = end; j < SIZE; j++) store_block(copy[i][j], zeros);
+  }
+}
+
+// Transforms tiles [first, last) of the images into `to` from place `place` on.
+template <class TRANSFORM>
+void transform_tiles(const Points& to, i64 place, const Images& s, const Grid& grid, i64 first, i64 last) {
+  constexpr int SIZE = TRANSFORM::SIZE;
+  for_rows(grid, first, last, [&](i64 tile, i64 count, i64 n, i64 p, i64 q) {
+    const i64 h = p - s.pad_h;
+    for (i64 c = 0; c < s.C; c += BLOCK) {
+      const i64 channels = least(BLOCK, s.C - c);
+      for (i64 t = 0; t < count; t++) {
+        const i64 w = q - s.pad_w + t * OUT;
+        const float* from = s.x + ((n * s.H + h) * s.W + w) * s.C + c;
+        const bool inside = h >= 0 && w >= 0 && h + SIZE <= s.H && w + SIZE <= s.W && channels == BLOCK;
+        alignas(64) float copy[SIZE][SIZE][BLOCK];
+        if (!inside) fill_up(copy, from, s, h, w, channels);
+        const float* pixels = inside ? from : copy[0][0];
+        const i64 row = inside ? s.W * s.C : SIZE * BLOCK, column = inside ? s.C : BLOCK;
+        float* out = to.at(c, place + tile - first + t);
+#pragma GCC unroll 4
+        for (int k = 0; k < BLOCK; k += LANE) {
+          transform_tile<TRANSFORM>(out + k, pixels + k, row, column);
+        }
+      }
+    }
+  });
+}
+
+// Transforms `from`, from place `place` on, back into tiles [first, last) of the outputs y (N, P, Q, K), leaving out
+// what stands out of the image.
+void write_tiles(float* y, i64 P, i64 Q, i64 K, const Points& from, i64 place, const Grid& grid, i64 first, i64 last) {
+  for_rows(grid, first, last, [&](i64 tile, i64 count, i64 n, i64 p, i64 q) {
+    for (i64 k = 0; k < K; k += LANE) {
+      float* out = y + ((n * P + p) * Q + q) * K + k;
+      for (i64 t = 0; t < count; t++, out += OUT * K) {
+        const float* in = from.at(k, place + tile - first + t);
+        const i64 rows = least(OUT, P - p), columns = least(OUT, Q - q - t * OUT);
+        if (rows == OUT && columns == OUT && K - k >= LANE) {
+          both_axes<output_transform, OUT, IN>(out, Q * K, K, in, IN * POINT, POINT);
+        } else {
+          float results[OUT][OUT][LANE];
+          both_axes<output_transform, OUT, IN>(results[0][0], OUT * LANE, LANE, in, IN * POINT, POINT);
+          for (i64 i = 0; i < rows; i++)
+            for (i64 j = 0; j < columns; j++)
+              store_first(out + (i * Q + j) * K, load(results[i][j]), least(LANE, K - k));
+        }
+      }
+    }
+  });
 }
 
 // Transformed weights: (point, group of WIDTH filters, channel, filter), the order in which the products read them.
@@ -262,9 +335,9 @@ void transform_weights(const Weights& u, const float* w, i64 w_tap, i64 w_c, i64
 // m(tile, k) = sum over c of v(tile, c) * u(c, k) for TILES x VECTORS sums in registers. 8 x 2 take 8 broadcasts and 2
 // loads for 16 multiply-adds.
 template <int TILES, int VECTORS>
-void multiply_tiles(float* m, i64 m_vector, const float* v, i64 v_block, const float* u, i64 C) {
+void multiply_tiles(float* m, i64 m_vector, const float* v, const float* u, i64 C) {
   V sum[TILES][VECTORS] = {};
-  for (i64 c0 = 0; c0 < C; c0 += BLOCK, v += v_block) {
+  for (i64 c0 = 0; c0 < C; c0 += BLOCK, v += Points::block()) {
     for (i64 c = 0; c < least(BLOCK, C - c0); c++, u += VECTORS * LANE) {
       V weights[VECTORS];
 #pragma GCC unroll 2
@@ -281,40 +354,43 @@ void multiply_tiles(float* m, i64 m_vector, const float* v, i64 v_block, const f
     for (int k = 0; k < VECTORS; k++) store(m + i * BLOCK + k * m_vector, sum[i][k]);
 }
 
-// One point and one group of filters for the first `tiles` tiles. The last tiles take the smallest kernel that covers
-// them, moved back where it would stand out: computing some twice is cheaper than several small kernels.
+// One point and WIDTH filters for the first `tiles` tiles. The last tiles of a group take the smallest kernel that
+// covers them, moved back where it would stand out: computing some twice is cheaper than several small kernels.
 template <int VECTORS>
-void multiply_group(const Points& m, const Points& v, const float* u, i64 point, i64 k0, i64 tiles) {
-  const float* from = v.data + point * v.point();
-  float* to = m.at(k0, 0) + point * m.point();
+void multiply_filters(const Points& m, const Points& v, const float* u, i64 point, i64 k0, i64 tiles) {
   const i64 m_vector = m.at(k0 + LANE, 0) - m.at(k0, 0);
-  for (i64 t = 0; t < tiles;) {
-    int count = SUMS / VECTORS;
-    while (count > tiles || count / 2 >= tiles - t) count /= 2;
-    t = least(t, tiles - count);
-    float* out = to + t * BLOCK;
-    const float* in = from + t * BLOCK;
-    switch (count) {
-      case 16:
-        if constexpr (SUMS / VECTORS >= 16) multiply_tiles<16, VECTORS>(out, m_vector, in, v.block(), u, v.channels);
-        break;
-      case 8:
-        if constexpr (SUMS / VECTORS >= 8) multiply_tiles<8, VECTORS>(out, m_vector, in, v.block(), u, v.channels);
-        break;
-      case 4: multiply_tiles<4, VECTORS>(out, m_vector, in, v.block(), u, v.channels); break;
-      case 2: multiply_tiles<2, VECTORS>(out, m_vector, in, v.block(), u, v.channels); break;
-      default: multiply_tiles<1, VECTORS>(out, m_vector, in, v.block(), u, v.channels);
+  for (i64 first = 0; first < tiles; first += GROUP) {
+    const float* from = v.at(0, first) + point * POINT;
+    float* to = m.at(k0, first) + point * POINT;
+    const i64 rest = least(GROUP, tiles - first);
+    for (i64 t = 0; t < rest;) {
+      int count = SUMS / VECTORS;
+      while (count > rest || count / 2 >= rest - t) count /= 2;
+      t = least(t, rest - count);
+      float* out = to + t * BLOCK;
+      const float* in = from + t * BLOCK;
+      switch (count) {
+        case 16:
+          if constexpr (SUMS / VECTORS >= 16) multiply_tiles<16, VECTORS>(out, m_vector, in, u, v.channels);
+          break;
+        case 8:
+          if constexpr (SUMS / VECTORS >= 8) multiply_tiles<8, VECTORS>(out, m_vector, in, u, v.channels);
+          break;
+        case 4: multiply_tiles<4, VECTORS>(out, m_vector, in, u, v.channels); break;
+        case 2: multiply_tiles<2, VECTORS>(out, m_vector, in, u, v.channels); break;
+        default: multiply_tiles<1, VECTORS>(out, m_vector, in, u, v.channels);
+      }
+      t += count;
     }
-    t += count;
   }
 }
 
 void multiply(const Points& m, const Points& v, const Weights& u, i64 point, i64 k0, i64 tiles) {
   const float* weights = u.data + point * u.point() + k0 * u.C;
   if (Weights::width(u.K, k0) == WIDTH)
-    multiply_group<2>(m, v, weights, point, k0, tiles);
+    multiply_filters<2>(m, v, weights, point, k0, tiles);
   else
-    multiply_group<1>(m, v, weights, point, k0, tiles);
+    multiply_filters<1>(m, v, weights, point, k0, tiles);
 }
 
 inline bool is_fused(i64 C, i64 K) { return POINTS * C * K * i64(sizeof(float)) <= FUSED_WEIGHTS; }
@@ -335,18 +411,17 @@ void correlate(float* y, i64 P, i64 Q, const Images& x, const Weights& u, i64 N)
   const i64 C = u.C, K = u.K, tiles = grid.tiles();
   if (C <= BLOCK && K <= least(BLOCK, WIDTH)) {
     // One block of channels and one kernel's filters: a product reads all that it overwrites before it does. So a group
-    // of 16 tiles fits into the L1 cache.
-    constexpr i64 group = 16;
-    parallel_ranges(ceil_div(tiles, group), most(1, least(8, tiles / group / TASKS)), [&](i64 first, i64 last) {
-      Points v{nullptr, group, BLOCK};
+    // of tiles fits into the L1 cache.
+    parallel_ranges(ceil_div(tiles, GROUP), most(1, least(8, tiles / GROUP / TASKS)), [&](i64 first, i64 last) {
+      Points v{nullptr, GROUP, BLOCK};
       const Scratch<float> scratch(v.size());
       v.data = scratch.get();
       for (i64 g = first; g < last; g++) {
-        const i64 begin = g * group, end = least(begin + group, tiles);
-        for (i64 t = begin; t < end; t++) transform_tile<input_transform, IN>(v, t - begin, x, grid, t);
-        const Points in{v.data, group, C};
-        for (i64 point = 0; point < POINTS; point++) multiply(v, in, u, point, 0, group);
-        for (i64 t = begin; t < end; t++) write_tile(y, P, Q, K, v, t - begin, grid, t);
+        const i64 begin = g * GROUP, end = least(begin + GROUP, tiles);
+        transform_tiles<InputTransform>(v, 0, x, grid, begin, end);
+        const Points in{v.data, GROUP, C};
+        for (i64 point = 0; point < POINTS; point++) multiply(v, in, u, point, 0, GROUP);
+        write_tiles(y, P, Q, K, v, 0, grid, begin, end);
       }
     });
     return;
@@ -357,10 +432,10 @@ void correlate(float* y, i64 P, i64 Q, const Images& x, const Weights& u, i64 N)
       Points v{nullptr, group, C}, m{nullptr, group, padded(K)};
       const Scratch<float> scratch(v.size() + m.size());
       v.data = scratch.get(), m.data = v.data + v.size();
-      for (i64 t = begin; t < end; t++) transform_tile<input_transform, IN>(v, t - begin, x, grid, t);
+      transform_tiles<InputTransform>(v, 0, x, grid, begin, end);
       for (i64 point = 0; point < POINTS; point++)
         for (i64 k0 = 0; k0 < K; k0 += WIDTH) multiply(m, v, u, point, k0, end - begin);
-      for (i64 t = begin; t < end; t++) write_tile(y, P, Q, K, m, t - begin, grid, t);
+      write_tiles(y, P, Q, K, m, 0, grid, begin, end);
     });
     return;
   }
@@ -372,12 +447,11 @@ void correlate(float* y, i64 P, i64 Q, const Images& x, const Weights& u, i64 N)
   for (i64 first = 0; first < tiles; first += phase) {
     const i64 count = least(phase, tiles - first);
     parallel_ranges(count, most(1, 1024 / C), [&](i64 begin, i64 end) {
-      for (i64 t = begin; t < end; t++) transform_tile<input_transform, IN>(v, t, x, grid, first + t);
+      transform_tiles<InputTransform>(v, begin, x, grid, first + begin, first + end);
     });
     parallel_for(POINTS * groups, [&](i64 task) { multiply(m, v, u, task / groups, task % groups * WIDTH, count); });
-    parallel_ranges(count, most(1, 1024 / K), [&](i64 begin, i64 end) {
-      for (i64 t = begin; t < end; t++) write_tile(y, P, Q, K, m, t, grid, first + t);
-    });
+    parallel_ranges(count, most(1, 1024 / K),
+                    [&](i64 begin, i64 end) { write_tiles(y, P, Q, K, m, begin, grid, first + begin, first + end); });
   }
 }
 
@@ -385,16 +459,19 @@ void correlate(float* y, i64 P, i64 Q, const Images& x, const Weights& u, i64 N)
 
 // du(c, k) += sum over tiles of v(tile, c) * d(tile, k) for CHANNELS x VECTORS sums in registers.
 template <int CHANNELS, int VECTORS>
-void outer_products(float* du, i64 du_row, const float* v, const float* d, i64 d_vector, i64 tiles, bool first) {
+void outer_products(float* du, i64 du_row, const float* v, i64 v_group, const float* d, i64 d_group, i64 d_vector,
+                    i64 tiles, bool first) {
   V sum[CHANNELS][VECTORS] = {};
-  for (i64 t = 0; t < tiles; t++, v += BLOCK, d += BLOCK) {
-    V gradient[VECTORS];
+  for (; tiles > 0; tiles -= GROUP, v += v_group, d += d_group) {
+    for (i64 t = 0; t < least(GROUP, tiles); t++) {
+      V gradient[VECTORS];
 #pragma GCC unroll 2
-    for (int k = 0; k < VECTORS; k++) gradient[k] = load(d + k * d_vector);
+      for (int k = 0; k < VECTORS; k++) gradient[k] = load(d + t * BLOCK + k * d_vector);
 #pragma GCC unroll 16
-    for (int c = 0; c < CHANNELS; c++)
+      for (int c = 0; c < CHANNELS; c++)
 #pragma GCC unroll 2
-      for (int k = 0; k < VECTORS; k++) sum[c][k] += v[c] * gradient[k];
+        for (int k = 0; k < VECTORS; k++) sum[c][k] += v[t * BLOCK + c] * gradient[k];
+    }
   }
 #pragma GCC unroll 16
   for (int c = 0; c < CHANNELS; c++)
@@ -417,11 +494,11 @@ template <int VECTORS>
 void accumulate_group(const WeightSums& du, const Points& v, const Points& d, i64 point, i64 k0, i64 tiles,
                       bool first) {
   constexpr int CHANNELS = SUMS / VECTORS;
-  const float* gradient = d.at(k0, 0) + point * d.point();
+  const float* gradient = d.at(k0, 0) + point * POINT;
   const i64 d_vector = d.at(k0 + LANE, 0) - d.at(k0, 0), row = padded(du.K);
   for (i64 c = 0; c < padded(du.C); c += CHANNELS)
-    outer_products<CHANNELS, VECTORS>(du.data + point * du.point() + c * row + k0, row, v.at(c, 0) + point * v.point(),
-                                      gradient, d_vector, tiles, first);
+    outer_products<CHANNELS, VECTORS>(du.data + point * du.point() + c * row + k0, row, v.at(c, 0) + point * POINT,
+                                      v.group(), gradient, d.group(), d_vector, tiles, first);
 }
 
 void accumulate(const WeightSums& du, const Points& v, const Points& d, i64 point, i64 k0, i64 tiles, bool first) {
@@ -480,10 +557,8 @@ void winograd_backward_weight(float* dw, const float* dy, const float* x, const 
       const i64 first = part * tiles / parts, last = (part + 1) * tiles / parts;
       for (i64 begin = first; begin < last; begin += group) {
         const i64 count = least(group, last - begin);
-        for (i64 t = 0; t < count; t++) {
-          transform_tile<input_transform, IN>(v, t, xs, grid, begin + t);
-          transform_tile<output_adjoint, OUT>(d, t, dys, grid, begin + t);
-        }
+        transform_tiles<InputTransform>(v, 0, xs, grid, begin, begin + count);
+        transform_tiles<OutputAdjoint>(d, 0, dys, grid, begin, begin + count);
         for (i64 point = 0; point < POINTS; point++)
           for (i64 k0 = 0; k0 < s.K; k0 += WIDTH) accumulate(du, v, d, point, k0, count, begin == first);
       }
@@ -507,10 +582,8 @@ void winograd_backward_weight(float* dw, const float* dy, const float* x, const 
   for (i64 first = 0; first < tiles; first += phase) {
     const i64 count = least(phase, tiles - first);
     parallel_ranges(count, most(1, 1024 / (s.C + s.K)), [&](i64 begin, i64 end) {
-      for (i64 t = begin; t < end; t++) {
-        transform_tile<input_transform, IN>(v, t, xs, grid, first + t);
-        transform_tile<output_adjoint, OUT>(d, t, dys, grid, first + t);
-      }
+      transform_tiles<InputTransform>(v, begin, xs, grid, first + begin, first + end);
+      transform_tiles<OutputAdjoint>(d, begin, dys, grid, first + begin, first + end);
     });
     parallel_for(POINTS * groups,
                  [&](i64 task) { accumulate(du, v, d, task / groups, task % groups * WIDTH, count, first == 0); });
