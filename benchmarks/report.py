@@ -112,13 +112,14 @@ def train_run(result):
         [
             NAMES[name],
             f"{row['mean_test_error']:.2f} %",
+            f"{row['spread']:.2f}",
             f"{row['peak_resident_mib']:,} MiB",
         ]
         for name, row in result["competitors"].items()
     ]
     recipe, seeds = result["recipe"], len(result["seeds"])
-    title = f"Training ResNet-{result['depth']} on {result['dataset']}, {recipe} recipe, mean of {seeds} seeds:"
-    return f"{title}\n\n{table(['', 'test error', 'peak memory'], rows)}"
+    title = f"Training ResNet-{result['depth']} on {result['dataset']}, {recipe} recipe, {seeds} seeds:"
+    return f"{title}\n\n{table(['', 'test error, mean', 'standard deviation', 'peak memory'], rows)}"
 
 
 def kernels(result):

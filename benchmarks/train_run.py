@@ -1,9 +1,10 @@
-"""Whole training runs on CIFAR-10, ours beside PyTorch's: test error, seconds, peak resident memory.
+"""Whole training runs on CIFAR-10, ours beside PyTorch's: test error and peak resident memory.
 
-    python benchmarks/train_run.py --data-dir DIR --seeds 0 1 --json FILE
+    python benchmarks/train_run.py --data-dir DIR --seeds 0 1 2 --json FILE
 
-Runs examples/cifar_resnet.py and peers/torch_cifar.py (channels_last, eager), same recipe, data, batch size and
-threads, one after the other for every seed. Peak memory is what the system says of each finished process; PyTorch
+Runs examples/cifar_resnet.py, as it is and without Winograd's algorithm, and peers/torch_cifar.py (channels_last,
+eager): same recipe, data, batch size and threads, one after the other for every seed. Runs that FILE holds already are
+not made again. Time is train_step.py's subject. Peak memory is what the system says of each finished process; PyTorch
 keeps the C allocator's defaults here, because the settings that speed it up cost memory.
 """
 
@@ -11,23 +12,23 @@ import argparse
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
 
 import harness
 from tinyres import _cpu
 
 PROGRAMS = {
     "ours": [harness.ROOT / "examples/cifar_resnet.py"],
+    "ours_direct": [harness.ROOT / "examples/cifar_resnet.py", "--conv", "direct"],
     "torch_eager": [harness.ROOT / "benchmarks/peers/torch_cifar.py"],
 }
 
 
 def run(program, arguments, out):
-    """Run one program to its end; its last metrics, wall seconds and peak memory."""
-    began = time.perf_counter()
+    """Run one program to its end; its last metrics and peak memory."""
     command = [sys.executable, *map(str, program), *map(str, arguments), "--out", out]
     process = subprocess.Popen(command, env={**os.environ, **harness.THREADS_BOUND})
     _, status, usage = os.wait4(process.pid, 0)
@@ -38,9 +39,6 @@ def run(program, arguments, out):
     return {
         "test_error": lines[-1]["test_error"],
         "train_error": lines[-1]["train_error"],
-        "images_per_second": lines[-1]["images_per_second"],
-        "training_seconds": lines[-1]["seconds"],
-        "wall_seconds": round(time.perf_counter() - began, 1),
         "peak_resident_mib": round(usage.ru_maxrss / 1024),
         "epochs": [{name: line[name] for name in ("epoch", "train_loss", "test_error")} for line in lines],
     }
@@ -54,7 +52,7 @@ def main():
     parser.add_argument("--recipe", choices=["quick", "paper"], default="quick")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--iterations", type=int)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
@@ -64,30 +62,48 @@ def main():
     for name in ("data_dir", "epochs", "iterations"):
         if getattr(args, name) is not None:
             common += [f"--{name.replace('_', '-')}", getattr(args, name)]
-    runs = {name: [] for name in PROGRAMS}
+    fields = {"depth": args.depth, "dataset": args.dataset, "recipe": args.recipe, "seeds": args.seeds}
+    runs = kept(args.json, fields)
     for seed in args.seeds:
         for name, program in PROGRAMS.items():
+            if seed in (r["seed"] for r in runs[name]):
+                continue
             with tempfile.TemporaryDirectory() as out:
-                runs[name].append({"seed": seed, **run(program, [*common, "--seed", seed], out)})
+                made = {"seed": seed, "commit": harness.commit(), **run(program, [*common, "--seed", seed], out)}
+            runs[name] = sorted([*runs[name], made], key=lambda r: r["seed"])
+            if args.json:
+                result = harness.result("train_run", threads, _cpu.isa(), **fields)
+                harness.write_json(args.json, {**result, "competitors": summaries(runs)})
+    for name, row in summaries(runs).items():
+        print(
+            f"{name:14} test error {row['mean_test_error']:.2f} % (spread {row['spread']})   {row['peak_resident_mib']} MiB"
+            f"   (seeds {', '.join(str(r['seed']) for r in row['runs'])})"
+        )
 
-    competitors = {}
-    for name, each in runs.items():
-        competitors[name] = {
-            "mean_test_error": round(sum(r["test_error"] for r in each) / len(each), 2),
-            "mean_training_seconds": round(sum(r["training_seconds"] for r in each) / len(each), 1),
+
+def kept(path, fields):
+    """The runs in the file at `path`, by competitor, of a result that differs by nothing but the seeds."""
+    runs = {name: [] for name in PROGRAMS}
+    if path and pathlib.Path(path).exists():
+        old = json.loads(pathlib.Path(path).read_text())
+        if any(old[name] != value for name, value in fields.items() if name != "seeds"):
+            raise SystemExit(f"train_run: {path} holds another network, dataset or recipe")
+        runs |= {name: row["runs"] for name, row in old["competitors"].items()}
+    return runs
+
+
+def summaries(runs):
+    """Mean, spread (standard deviation over seeds) and runs of every competitor that has any."""
+    return {
+        name: {
+            "mean_test_error": round(statistics.mean(r["test_error"] for r in each), 2),
+            "spread": round(statistics.stdev(r["test_error"] for r in each), 2) if len(each) > 1 else None,
             "peak_resident_mib": max(r["peak_resident_mib"] for r in each),
             "runs": each,
         }
-        row = competitors[name]
-        print(
-            f"{name:14} test error {row['mean_test_error']:.2f} %   {row['mean_training_seconds']:.0f} s   "
-            f"{row['peak_resident_mib']} MiB   (seeds {', '.join(map(str, args.seeds))})"
-        )
-    if args.json:
-        fields = {"depth": args.depth, "dataset": args.dataset, "recipe": args.recipe, "seeds": args.seeds}
-        harness.write_json(
-            args.json, {**harness.result("train_run", threads, _cpu.isa(), **fields), "competitors": competitors}
-        )
+        for name, each in runs.items()
+        if each
+    }
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from tinyres import backend, data, models, ops, optim
 from tinyres.backend import random
 from tinyres.errors import ArgumentError, CheckpointError, DeviceError, TinyresError, expect
 from tinyres.optim import schedules
+from tinyres.options import CONV
 from tinyres.train import (
     Interrupt,
     MetricsLog,
@@ -77,6 +78,7 @@ def parse_arguments():
     add("--out", type=Path, help="folder of the run (runs/<its name>)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out; afresh if there is none yet")
     add("--threads", type=int, help="CPU threads (all)")
+    add("--conv", choices=CONV, default="auto", help="how convolutions are computed (tinyres.options)")
     add("--no-augment", action="store_true", help="no random crops and flips")
     return parser.parse_args()
 
@@ -96,8 +98,7 @@ def main():
     # Device, recipe
     device = choose_device(args.device)
     backend.use(device)
-    if args.threads is not None:
-        tinyres.options(threads=args.threads)
+    tinyres.options(conv=args.conv, threads=args.threads)
     tinyres.manual_seed(args.seed)
     recipe_name = args.recipe if args.recipe != "auto" else "paper" if device == "cuda" else "quick"
     recipe = RECIPES[recipe_name]
