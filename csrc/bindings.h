@@ -502,7 +502,7 @@ void conv2d_bias_forward(const Array& y, const Array& x, const Array& w, const A
 }
 
 void conv2d_backward_input(const Array& dx, const Array& dy, const Array& w, Pair stride, Pair padding,
-                           std::string_view algorithm) {
+                           std::string_view algorithm, bool add) {
   const Call call("conv2d_backward_input");
   const ConvAlgorithm chosen = ConvAlgorithm(call.choice(ALGORITHM_NAMES, algorithm));
   const Window s = convolution(call, dx, w, dy, stride, padding);
@@ -513,7 +513,7 @@ void conv2d_backward_input(const Array& dx, const Array& dy, const Array& w, Pai
     const T* const wp = call.in<T>("w", w, {s.R, s.S, s.C, s.K});
     if (s.N == 0) return;
     const NoGil released;
-    kernels<T>().conv2d_backward_input(dxp, dyp, wp, s, chosen);
+    kernels<T>().conv2d_backward_input(dxp, dyp, wp, s, chosen, add);
   });
 }
 
@@ -677,9 +677,10 @@ void batch_norm_forward(const Array& y, const Array& mean, const Array& inv_std,
 }
 
 void batch_norm_backward(const Array& dx, const OptionalArray& dresidual, const Array& dgamma, const Array& dbeta,
-                         const Array& dy, const Array& x, const OptionalArray& y, const Array& gamma, const Array& mean,
-                         const Array& inv_std) {
+                         const Array& dy, const Array& x, const OptionalArray& y, const Array& gamma,
+                         const OptionalArray& beta, const Array& mean, const Array& inv_std) {
   const Call call("batch_norm_backward");
+  call.expect(!(y.has_value() && beta.has_value()), "the mask comes from y or from beta, not from both");
   const auto [M, C] = rows_and_channels(call, x);
   call.typed(x, [&, M = M, C = C](auto zero) {
     using T = decltype(zero);
@@ -691,11 +692,12 @@ void batch_norm_backward(const Array& dx, const OptionalArray& dresidual, const 
     const T* const xp = call.in<T>("x", x, Shape(x));
     const T* const yp = call.in<T>("y", y, Shape(x));
     const Wide<T>* const gamma_p = call.in<Wide<T>>("gamma", gamma, {C});
+    const Wide<T>* const beta_p = call.in<Wide<T>>("beta", beta, {C});
     const Wide<T>* const mean_p = call.in<Wide<T>>("mean", mean, {C});
     const Wide<T>* const inv_std_p = call.in<Wide<T>>("inv_std", inv_std, {C});
     const NoGil released;
-    kernels<T>().batch_norm_backward(dxp, dresidual_p, dgamma_p, dbeta_p, dyp, xp, yp, gamma_p, mean_p, inv_std_p, M,
-                                     C);
+    kernels<T>().batch_norm_backward(dxp, dresidual_p, dgamma_p, dbeta_p, dyp, xp, yp, gamma_p, beta_p, mean_p,
+                                     inv_std_p, M, C);
   });
 }
 

@@ -92,7 +92,8 @@ struct Kernels {
 
   // conv2d.cpp -----------------------------------------------------------------------------------------------
   void (*conv2d_forward)(T* y, const T* x, const T* w, const Window& s, ConvAlgorithm algorithm);
-  void (*conv2d_backward_input)(T* dx, const T* dy, const T* w, const Window& s, ConvAlgorithm algorithm);
+  // Writes dx, or adds to what it holds.
+  void (*conv2d_backward_input)(T* dx, const T* dy, const T* w, const Window& s, ConvAlgorithm algorithm, bool add);
   void (*conv2d_backward_weight)(Wide<T>* dw, const T* dy, const T* x, const Window& s, ConvAlgorithm algorithm);
 
   // batch_norm.cpp: x is (M, C), statistics over M ----------------------------------------------------------
@@ -101,9 +102,11 @@ struct Kernels {
   void (*batch_norm_forward)(T* y, Wide<T>* mean, Wide<T>* inv_std, Wide<T>* running_mean, Wide<T>* running_var,
                              const T* x, const Wide<T>* gamma, const Wide<T>* beta, const T* residual, bool relu,
                              double momentum, double eps, i64 M, i64 C);
-  // The gradient through y's ReLU is masked by y > 0 where y is given; dresidual, if given, gets the masked dy.
+  // Through a ReLU dy is masked by y > 0: of y itself, if that is given, or of y as it follows from x, if beta is given
+  // (an array less to read; not with a residual). dresidual, if given, gets the masked dy.
   void (*batch_norm_backward)(T* dx, T* dresidual, Wide<T>* dgamma, Wide<T>* dbeta, const T* dy, const T* x, const T* y,
-                              const Wide<T>* gamma, const Wide<T>* mean, const Wide<T>* inv_std, i64 M, i64 C);
+                              const Wide<T>* gamma, const Wide<T>* beta, const Wide<T>* mean, const Wide<T>* inv_std,
+                              i64 M, i64 C);
   void (*batch_norm_inference)(T* y, const T* x, const Wide<T>* gamma, const Wide<T>* beta, const Wide<T>* mean,
                                const Wide<T>* var, const T* residual, bool relu, double eps, i64 M, i64 C);
   void (*batch_norm_inference_backward)(T* dx, Wide<T>* dgamma, Wide<T>* dbeta, const T* dy, const T* x,

@@ -314,6 +314,7 @@ MALFORMED = {
         *("batch_norm_forward", X, f32(3), f32(3), f32(3), None),
         *(X, f32(3), f32(3), None, False, 0.1, 1e-5),
     ),
+    "batch_norm two masks": ("batch_norm_backward", X, None, f32(3), f32(3), X, X, X, f32(3), f32(3), f32(3), f32(3)),
     "label too large": ("cross_entropy", f32(), f32(2, 3), f32(2, 3), i64(2) + 3, 0.0),
     "label negative": ("cross_entropy", f32(), f32(2, 3), f32(2, 3), i64(2) - 1, 0.0),
     "labels int32": ("cross_entropy", f32(), f32(2, 3), f32(2, 3), i32(2), 0.0),

@@ -244,7 +244,7 @@ int main(int, char** argv) {
   if (std::fread(x.get(), 4, xs, stdin) + std::fread(w.get(), 4, ws, stdin) + std::fread(dy.get(), 4, ys, stdin) == 0)
     return 1;
   TINYRES_TARGET::winograd_forward(y.get(), x.get(), w.get(), s);
-  TINYRES_TARGET::winograd_backward_input(dx.get(), dy.get(), w.get(), s);
+  TINYRES_TARGET::winograd_backward_input(dx.get(), dy.get(), w.get(), s, false);
   TINYRES_TARGET::winograd_backward_weight(dw.get(), dy.get(), x.get(), s);
   std::fwrite(y.get(), 4, ys, stdout), std::fwrite(dx.get(), 4, xs, stdout), std::fwrite(dw.get(), 4, ws, stdout);
 }

@@ -43,7 +43,7 @@ def conv2d_bias_forward(
     /,
 ) -> None: ...
 def conv2d_backward_input(
-    dx: ndarray, dy: ndarray, w: ndarray, stride: _Pair, padding: _Pair, algorithm: str, /
+    dx: ndarray, dy: ndarray, w: ndarray, stride: _Pair, padding: _Pair, algorithm: str, add: bool, /
 ) -> None: ...
 def conv2d_backward_weight(
     dw: ndarray, dy: ndarray, x: ndarray, stride: _Pair, padding: _Pair, algorithm: str, /
@@ -72,6 +72,7 @@ def batch_norm_backward(
     x: ndarray,
     y: ndarray | None,
     gamma: ndarray,
+    beta: ndarray | None,
     mean: ndarray,
     inv_std: ndarray,
     /,

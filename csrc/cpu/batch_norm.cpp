@@ -157,7 +157,7 @@ void batch_norm_forward(T* y, T* mean, T* inv_std, T* running_mean, T* running_v
     const double inverse = 1 / ::sqrt(var + eps);
     mean[c] = T(mean64[c]);
     inv_std[c] = T(inverse);
-    scale[c] = T(double(gamma[c]) * inverse);
+    scale[c] = T(double(gamma[c]) * double(inv_std[c]));  // as in the backward pass, which repeats y from x
     const double unbiased = M > 1 ? var * (double(M) / double(M - 1)) : var;
     if (running_mean) running_mean[c] = T((1 - momentum) * double(running_mean[c]) + momentum * mean64[c]);
     if (running_var) running_var[c] = T((1 - momentum) * double(running_var[c]) + momentum * unbiased);
@@ -165,24 +165,53 @@ void batch_norm_forward(T* y, T* mean, T* inv_std, T* running_mean, T* running_v
   normalise(y, x, mean, scale.get(), beta, residual, relu, M, C);
 }
 
-// The gradient that arrives at y before the ReLU.
-template <class T, class Block>
-inline Vec<T> masked(const Block& channels, const T* dy, const T* y, i64 at, int v) {
+// Where ReLU let nothing through: (channels, at, v, x - mean) -> what was in front of it, or something of its sign.
+template <class T>
+struct Everywhere {  // no ReLU
+  static constexpr bool MASKS = false;
+};
+template <class T>
+struct WhereY {
+  static constexpr bool MASKS = true;
+  const T* y;
+  template <class Block>
+  Vec<T> operator()(const Block& channels, i64 at, int v, Vec<T>) const {
+    return channels.load(y, at, v);
+  }
+};
+// Without a residual, y follows from x, which is read anyway: the same operations as in `normalise`, the same bits.
+template <class T>
+struct WhereNormalised {
+  static constexpr bool MASKS = true;
+  const T *scale, *offset;
+  template <class Block>
+  Vec<T> operator()(const Block& channels, i64, int v, Vec<T> deviation) const {
+    return deviation * channels.load(scale, v) + channels.load(offset, v);
+  }
+};
+
+// The gradient that arrives in front of the ReLU.
+template <class T, class Block, class Mask>
+inline Vec<T> masked(const Block& channels, const T* dy, i64 at, int v, Vec<T> deviation, const Mask& mask) {
   const Vec<T> g = channels.load(dy, at, v);
-  return y ? (channels.load(y, at, v) > T(0) ? g : Vec<T>{}) : g;
+  if constexpr (Mask::MASKS)
+    return mask(channels, at, v, deviation) > T(0) ? g : Vec<T>{};
+  else
+    return g;
 }
 
 // sum_g = sum of g and sum_gx = sum of g * (x - mean) over the rows, g the masked dy, which dresidual receives.
-template <class T>
-void gradient_sums(double* sum_g, double* sum_gx, T* dresidual, const T* dy, const T* x, const T* y, const T* mean,
-                   i64 M, i64 C) {
+template <class T, class Mask>
+void gradient_sums(double* sum_g, double* sum_gx, T* dresidual, const T* dy, const T* x, const Mask& mask,
+                   const T* mean, i64 M, i64 C) {
   const i64 parts = part_count(M, C);
   Scratch<double> sums(parts * 2 * C);
   sum_parts<T>(sums.get(), M, C, [=](auto channels, i64, i64 row, int v, Vec<T>& first, Vec<T>& second) {
-    const Vec<T> g = masked(channels, dy, y, row * C, v);
+    const Vec<T> deviation = channels.load(x, row * C, v) - channels.load(mean, v);
+    const Vec<T> g = masked(channels, dy, row * C, v, deviation, mask);
     if (dresidual) channels.store(dresidual, row * C, v, g);
     first += g;
-    second += g * (channels.load(x, row * C, v) - channels.load(mean, v));
+    second += g * deviation;
   });
   for (i64 c = 0; c < C; c++) sum_g[c] = sum_gx[c] = 0;
   for (i64 part = 0; part < parts; part++) {
@@ -204,41 +233,57 @@ void gradient_sums(double* sum_g, double* sum_gx, T* dresidual, const T* dy, con
 //     dx_j = gamma sum_i g_i dn_i/dx_j = gamma s (g_j - dbeta / M - n_j dgamma / M).
 // The second pass writes this as dx = k0 ((g - mean_g) - (x - mu) k1), with k0 = gamma s, mean_g = dbeta / M and
 // k1 = s dgamma / M: both brackets are differences of numbers of one size, which keeps float32 accurate.
-template <class T>
-void batch_norm_backward(T* dx, T* dresidual, T* dgamma, T* dbeta, const T* dy, const T* x, const T* y, const T* gamma,
-                         const T* mean, const T* inv_std, i64 M, i64 C) {
-  Scratch<double> sum_g(C), sum_gx(C);
-  Scratch<T> k0(C), k1(C), mean_g(C);
-  gradient_sums(sum_g.get(), sum_gx.get(), dresidual, dy, x, y, mean, M, C);
-  for (i64 c = 0; c < C; c++) {
-    const double s = double(inv_std[c]);
-    dbeta[c] = T(sum_g[c]);
-    dgamma[c] = T(s * sum_gx[c]);
-    k0[c] = T(double(gamma[c]) * s);
-    k1[c] = T(s * s * sum_gx[c] / double(M));
-    mean_g[c] = T(sum_g[c] / double(M));
-  }
-  // dresidual holds g already: one array to read where there would be two.
-  if (dresidual) dy = dresidual, y = nullptr;
+template <class T, class Mask>
+void input_gradient(T* dx, const T* dy, const T* x, const Mask& mask, const T* mean, const T* k0, const T* k1,
+                    const T* mean_g, i64 M, i64 C) {
   parallel_ranges(M, part_rows(C), [&](i64 begin, i64 end) {
-    for_channels<T>(C, end * C, [=, &k0, &k1, &mean_g](auto channels) {
+    for_channels<T>(C, end * C, [=](auto channels) {
       constexpr int VECS = decltype(channels)::VECS;
       Vec<T> k[VECS], n[VECS], m[VECS], mg[VECS];
       for (int v = 0; v < VECS; v++) {
-        k[v] = channels.load(k0.get(), v);
-        n[v] = channels.load(k1.get(), v);
+        k[v] = channels.load(k0, v);
+        n[v] = channels.load(k1, v);
         m[v] = channels.load(mean, v);
-        mg[v] = channels.load(mean_g.get(), v);
+        mg[v] = channels.load(mean_g, v);
       }
       for (i64 row = begin; row < end; row++) {
         for (int v = 0; v < VECS; v++) {
-          const Vec<T> g = masked(channels, dy, y, row * C, v);
           const Vec<T> deviation = channels.load(x, row * C, v) - m[v];
+          const Vec<T> g = masked(channels, dy, row * C, v, deviation, mask);
           channels.store(dx, row * C, v, k[v] * ((g - mg[v]) - deviation * n[v]));
         }
       }
     });
   });
+}
+
+template <class T>
+void batch_norm_backward(T* dx, T* dresidual, T* dgamma, T* dbeta, const T* dy, const T* x, const T* y, const T* gamma,
+                         const T* beta, const T* mean, const T* inv_std, i64 M, i64 C) {
+  Scratch<double> sum_g(C), sum_gx(C);
+  Scratch<T> k0(C), k1(C), mean_g(C);
+  for (i64 c = 0; c < C; c++) k0[c] = T(double(gamma[c]) * double(inv_std[c]));
+  const auto with_mask = [&](const auto& mask) {
+    gradient_sums(sum_g.get(), sum_gx.get(), dresidual, dy, x, mask, mean, M, C);
+    for (i64 c = 0; c < C; c++) {
+      const double s = double(inv_std[c]);
+      dbeta[c] = T(sum_g[c]);
+      dgamma[c] = T(s * sum_gx[c]);
+      k1[c] = T(s * s * sum_gx[c] / double(M));
+      mean_g[c] = T(sum_g[c] / double(M));
+    }
+    // dresidual holds g already: one array to read where there would be two.
+    if (dresidual)
+      input_gradient(dx, dresidual, x, Everywhere<T>{}, mean, k0.get(), k1.get(), mean_g.get(), M, C);
+    else
+      input_gradient(dx, dy, x, mask, mean, k0.get(), k1.get(), mean_g.get(), M, C);
+  };
+  if (y)
+    with_mask(WhereY<T>{y});
+  else if (beta)
+    with_mask(WhereNormalised<T>{k0.get(), beta});
+  else
+    with_mask(Everywhere<T>{});
 }
 
 // ---- inference: mean and var are constants ------------------------------------------------------------------------
@@ -256,7 +301,7 @@ void batch_norm_inference_backward(T* dx, T* dgamma, T* dbeta, const T* dy, cons
                                    const T* var, double eps, i64 M, i64 C) {
   Scratch<double> sum_g(C), sum_gx(C);
   Scratch<T> scale(C), zero(C);
-  gradient_sums<T>(sum_g.get(), sum_gx.get(), nullptr, dy, x, nullptr, mean, M, C);
+  gradient_sums<T>(sum_g.get(), sum_gx.get(), nullptr, dy, x, Everywhere<T>{}, mean, M, C);
   inference_scale(scale.get(), gamma, var, eps, C);
   for (i64 c = 0; c < C; c++) {
     dbeta[c] = T(sum_g[c]);

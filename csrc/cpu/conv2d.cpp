@@ -77,10 +77,10 @@ void naive_forward(T* y, const T* x, const T* w, const Window& s) {
 
 // Each product x * w in y passes dy * w back to that x.
 template <class T>
-void naive_backward_input(T* dx, const T* dy, const T* w, const Window& s) {
+void naive_backward_input(T* dx, const T* dy, const T* w, const Window& s, bool add) {
   parallel_for(s.N, [&](i64 n) {
     T* image = dx + n * s.H * s.W * s.C;
-    for (i64 i = 0; i < s.H * s.W * s.C; i++) image[i] = 0;
+    for (i64 i = 0; i < s.H * s.W * s.C && !add; i++) image[i] = 0;
     for (i64 p = 0; p < s.P; p++) {
       for (i64 q = 0; q < s.Q; q++) {
         const T* gradient = dy + ((n * s.P + p) * s.Q + q) * s.K;
@@ -188,6 +188,7 @@ struct Correlation {
   const T* w;
   i64 w_r, w_s, w_c, w_k;                    // w(r, s, c, k) is w[r * w_r + s * w_s + c * w_c + k * w_k]
   T* y;                                      // that of p = 0, q = 0 in the first image
+  bool add;                                  // to what y holds
   i64 begin, end, columns, y_row, y_column;  // begin <= p < end, q < columns
   bool direct;                               // x is read where it lies: one tap, and no borders
   Blocks x;                                  // or else in blocks, of which q = 0 in the first row meets x_first
@@ -286,6 +287,12 @@ __attribute__((noinline)) void correlate_tile(T* y, i64 filters, const T* x, con
     }
   }
   if (filters == VECTORS * LANES<T>) {
+    if (o.add) {
+#pragma GCC unroll 32
+      for (int i = 0; i < PIXELS; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) sum[i][v] += load(y + i * o.y_column + v * LANES<T>);
+    }
 #pragma GCC unroll 32
     for (int i = 0; i < PIXELS; i++)
 #pragma GCC unroll 2
@@ -295,7 +302,7 @@ __attribute__((noinline)) void correlate_tile(T* y, i64 filters, const T* x, con
     T tile[PIXELS][VECTORS * LANES<T>];
     __builtin_memcpy(tile, sum, sizeof tile);
     for (int i = 0; i < PIXELS; i++)
-      for (i64 k = 0; k < filters; k++) y[i * o.y_column + k] = tile[i][k];
+      for (i64 k = 0; k < filters; k++) y[i * o.y_column + k] = tile[i][k] + (o.add ? y[i * o.y_column + k] : T(0));
   }
 }
 
@@ -416,14 +423,14 @@ View<T> view_of(const T* x, const Window& s, bool runs) {
 
 // y from x where w(r, s, c, k) is w[r * w_r + s * w_s + c * w_c + k * w_k].
 template <class T>
-void correlate_images(T* y, const T* x, const T* w, i64 w_r, i64 w_s, i64 w_c, i64 w_k, const Window& s) {
+void correlate_images(T* y, bool add, const T* x, const T* w, i64 w_r, i64 w_s, i64 w_c, i64 w_k, const Window& s) {
   const View<T> v = view_of(x, s, s.S == 1);
   const Cut cut = cut_work<T>(v.N, v.P, s.K, v.blocks(v.P, s.R).size(), s.R * s.S * s.C * s.K);
   Scratch<Taps> taps(s.R * s.S);
   Correlation<T> o{};
   o.R = s.R, o.S = s.S, o.C = s.C, o.K = s.K, o.stride_h = v.stride_h;
   o.w = w, o.w_r = w_r, o.w_s = w_s, o.w_c = w_c, o.w_k = w_k;
-  o.y = y, o.begin = 0, o.end = v.P, o.columns = v.Q, o.y_row = v.Q * s.K, o.y_column = s.K;
+  o.y = y, o.add = add, o.begin = 0, o.end = v.P, o.columns = v.Q, o.y_row = v.Q * s.K, o.y_column = s.K;
   o.direct = s.R == 1 && s.S == 1 && s.pad_h == 0 && s.pad_w == 0;
   o.x = v.blocks(cut.rows, s.R);
   o.x_row = o.direct ? v.x.row : v.stride_h * o.x.row(), o.x_column = o.direct ? v.x.pixel : BLOCK;
@@ -435,7 +442,7 @@ void correlate_images(T* y, const T* x, const T* w, i64 w_r, i64 w_s, i64 w_c, i
 
 template <class T>
 void direct_forward(T* y, const T* x, const T* w, const Window& s) {
-  correlate_images(y, x, w, s.S * s.C * s.K, s.C * s.K, s.K, i64(1), s);
+  correlate_images(y, false, x, w, s.S * s.C * s.K, s.C * s.K, s.K, i64(1), s);
 }
 
 // Input gradient. x[h] met w[r] in y[p] where p * stride + r = h + pad. Write h + pad = stride * i + a and
@@ -454,11 +461,11 @@ inline Class class_of(i64 a, i64 size, i64 window, i64 stride, i64 pad) {
 }
 
 template <class T>
-void direct_backward_input(T* dx, const T* dy, const T* w, const Window& s) {
+void direct_backward_input(T* dx, const T* dy, const T* w, const Window& s, bool add) {
   const i64 w_r = -s.stride_h * s.S * s.C * s.K, w_s = -s.stride_w * s.C * s.K;
   if (s.stride_h == 1 && s.stride_w == 1) {
     const Window mirrored{s.N, s.P, s.Q, s.K, s.C, s.R, s.S, s.H, s.W, 1, 1, s.R - 1 - s.pad_h, s.S - 1 - s.pad_w};
-    return correlate_images(dx, dy, w + (s.R * s.S - 1) * s.C * s.K, w_r, w_s, i64(1), s.K, mirrored);
+    return correlate_images(dx, add, dy, w + (s.R * s.S - 1) * s.C * s.K, w_r, w_s, i64(1), s.K, mirrored);
   }
   // dy[i - j] over all classes: i from first to last, j below the taps of class 0, which has most.
   const i64 taps_h = ceil_div(s.R, s.stride_h), first_h = s.pad_h / s.stride_h,
@@ -485,7 +492,7 @@ void direct_backward_input(T* dx, const T* dy, const T* w, const Window& s) {
       *o = {};
       o->R = h.taps, o->S = v.taps, o->C = s.K, o->K = s.C, o->stride_h = 1;
       o->w = last, o->w_r = w_r, o->w_s = w_s, o->w_c = 1, o->w_k = s.K;
-      o->y = y, o->begin = h.begin, o->end = h.end, o->columns = v.end - v.begin;
+      o->y = y, o->add = add, o->begin = h.begin, o->end = h.end, o->columns = v.end - v.begin;
       o->y_row = s.stride_h * s.W * s.C, o->y_column = s.stride_w * s.C;
       o->direct = s.R == 1 && s.S == 1 && s.pad_h == 0 && s.pad_w == 0;
       o->x = blocks, o->x_first = blocks.offset(taps_h - h.taps, v.begin - first_w + taps_w - v.taps);
@@ -699,13 +706,13 @@ void conv2d_forward(T* y, const T* x, const T* w, const Window& s, ConvAlgorithm
 }
 
 template <class T>
-void conv2d_backward_input(T* dx, const T* dy, const T* w, const Window& s, ConvAlgorithm algorithm) {
+void conv2d_backward_input(T* dx, const T* dy, const T* w, const Window& s, ConvAlgorithm algorithm, bool add) {
   if constexpr (FLOAT<T>)
-    if (use_winograd(s, algorithm)) return winograd_backward_input(dx, dy, w, s);
+    if (use_winograd(s, algorithm)) return winograd_backward_input(dx, dy, w, s, add);
   if (algorithm == ConvAlgorithm::naive)
-    naive_backward_input(dx, dy, w, s);
+    naive_backward_input(dx, dy, w, s, add);
   else
-    direct_backward_input(dx, dy, w, s);
+    direct_backward_input(dx, dy, w, s, add);
 }
 
 template <class T>

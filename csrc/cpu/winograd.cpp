@@ -123,8 +123,9 @@ inline void weight_adjoint(V (&dw)[3], const V (&du)[IN]) {
   dw[2] = a2 * sum_a + b2 * sum_b + du[5];
 }
 
-// A transform along both axes of one vector of channels, columns first, then rows. Strides count elements.
-template <auto TRANSFORM, int TO, int FROM>
+// A transform along both axes of one vector of channels, columns first, then rows, written or (ADD) added to what is
+// there. Strides count elements.
+template <auto TRANSFORM, int TO, int FROM, bool ADD = false>
 inline void both_axes(float* to, i64 to_row, i64 to_column, const float* from, i64 from_row, i64 from_column) {
   V half[TO][FROM];
 #pragma GCC unroll 6
@@ -141,7 +142,10 @@ inline void both_axes(float* to, i64 to_row, i64 to_column, const float* from, i
     V result[TO];
     TRANSFORM(result, half[i]);
 #pragma GCC unroll 6
-    for (int j = 0; j < TO; j++) store(to + i * to_row + j * to_column, result[j]);
+    for (int j = 0; j < TO; j++) {
+      float* const place = to + i * to_row + j * to_column;
+      store(place, ADD ? load(place) + result[j] : result[j]);
+    }
   }
 }
 
@@ -270,23 +274,37 @@ void transform_tiles(const Points& to, i64 place, const Images& s, const Grid& g
   });
 }
 
-// Transforms `from`, from place `place` on, back into tiles [first, last) of the outputs y (N, P, Q, K), leaving out
-// what stands out of the image.
-void write_tiles(float* y, i64 P, i64 Q, i64 K, const Points& from, i64 place, const Grid& grid, i64 first, i64 last) {
+// Outputs (N, P, Q, K), to be written or added to.
+struct Outputs {
+  float* y;
+  i64 P, Q, K;
+  bool add;
+};
+
+// Transforms `from`, from place `place` on, back into tiles [first, last) of the outputs, leaving out what stands out
+// of the image.
+void write_tiles(const Outputs& s, const Points& from, i64 place, const Grid& grid, i64 first, i64 last) {
+  const i64 P = s.P, Q = s.Q, K = s.K;
   for_rows(grid, first, last, [&](i64 tile, i64 count, i64 n, i64 p, i64 q) {
     for (i64 k = 0; k < K; k += LANE) {
-      float* out = y + ((n * P + p) * Q + q) * K + k;
+      float* out = s.y + ((n * P + p) * Q + q) * K + k;
       for (i64 t = 0; t < count; t++, out += OUT * K) {
         const float* in = from.at(k, place + tile - first + t);
         const i64 rows = least(OUT, P - p), columns = least(OUT, Q - q - t * OUT);
         if (rows == OUT && columns == OUT && K - k >= LANE) {
-          both_axes<output_transform, OUT, IN>(out, Q * K, K, in, IN * POINT, POINT);
+          if (s.add)
+            both_axes<output_transform, OUT, IN, true>(out, Q * K, K, in, IN * POINT, POINT);
+          else
+            both_axes<output_transform, OUT, IN>(out, Q * K, K, in, IN * POINT, POINT);
         } else {
           float results[OUT][OUT][LANE];
           both_axes<output_transform, OUT, IN>(results[0][0], OUT * LANE, LANE, in, IN * POINT, POINT);
           for (i64 i = 0; i < rows; i++)
-            for (i64 j = 0; j < columns; j++)
-              store_first(out + (i * Q + j) * K, load(results[i][j]), least(LANE, K - k));
+            for (i64 j = 0; j < columns; j++) {
+              float* const pixel = out + (i * Q + j) * K;
+              const i64 count = least(LANE, K - k);
+              store_first(pixel, s.add ? load_first(pixel, count) + load(results[i][j]) : load(results[i][j]), count);
+            }
         }
       }
     }
@@ -406,8 +424,8 @@ inline i64 phase_tiles(i64 channels, i64 tiles) {
 }
 
 // y (N, P, Q, K) from x (N, H, W, C) and transformed weights.
-void correlate(float* y, i64 P, i64 Q, const Images& x, const Weights& u, i64 N) {
-  const Grid grid(N, P, Q);
+void correlate(const Outputs& y, const Images& x, const Weights& u, i64 N) {
+  const Grid grid(N, y.P, y.Q);
   const i64 C = u.C, K = u.K, tiles = grid.tiles();
   if (C <= BLOCK && K <= least(BLOCK, WIDTH)) {
     // One block of channels and one kernel's filters: a product reads all that it overwrites before it does. So a group
@@ -421,7 +439,7 @@ void correlate(float* y, i64 P, i64 Q, const Images& x, const Weights& u, i64 N)
         transform_tiles<InputTransform>(v, 0, x, grid, begin, end);
         const Points in{v.data, GROUP, C};
         for (i64 point = 0; point < POINTS; point++) multiply(v, in, u, point, 0, GROUP);
-        write_tiles(y, P, Q, K, v, 0, grid, begin, end);
+        write_tiles(y, v, 0, grid, begin, end);
       }
     });
     return;
@@ -435,7 +453,7 @@ void correlate(float* y, i64 P, i64 Q, const Images& x, const Weights& u, i64 N)
       transform_tiles<InputTransform>(v, 0, x, grid, begin, end);
       for (i64 point = 0; point < POINTS; point++)
         for (i64 k0 = 0; k0 < K; k0 += WIDTH) multiply(m, v, u, point, k0, end - begin);
-      write_tiles(y, P, Q, K, m, 0, grid, begin, end);
+      write_tiles(y, m, 0, grid, begin, end);
     });
     return;
   }
@@ -451,7 +469,7 @@ void correlate(float* y, i64 P, i64 Q, const Images& x, const Weights& u, i64 N)
     });
     parallel_for(POINTS * groups, [&](i64 task) { multiply(m, v, u, task / groups, task % groups * WIDTH, count); });
     parallel_ranges(count, most(1, 1024 / K),
-                    [&](i64 begin, i64 end) { write_tiles(y, P, Q, K, m, begin, grid, first + begin, first + end); });
+                    [&](i64 begin, i64 end) { write_tiles(y, m, begin, grid, first + begin, first + end); });
   }
 }
 
@@ -526,17 +544,17 @@ void winograd_forward(float* y, const float* x, const float* w, const Window& s)
   const Scratch<float> scratch(u.size());
   u.data = scratch.get();
   transform_weights(u, w, s.C * s.K, s.K, 1);
-  correlate(y, s.P, s.Q, {x, s.H, s.W, s.C, s.pad_h, s.pad_w}, u, s.N);
+  correlate({y, s.P, s.Q, s.K, false}, {x, s.H, s.W, s.C, s.pad_h, s.pad_w}, u, s.N);
 }
 
 // dx[h, w, c] = sum of dy[h + pad_h - r, w + pad_w - s, k] * w[r, s, c, k]: with r = 2 - i a correlation of dy with
 // the taps in reversed order, padded by 2 - pad. A negative padding leaves out the first pixels of dy.
-void winograd_backward_input(float* dx, const float* dy, const float* w, const Window& s) {
+void winograd_backward_input(float* dx, const float* dy, const float* w, const Window& s, bool add) {
   Weights u{nullptr, s.K, s.C};
   const Scratch<float> scratch(u.size());
   u.data = scratch.get();
   transform_weights(u, w + 8 * s.C * s.K, -s.C * s.K, 1, s.K);
-  correlate(dx, s.H, s.W, {dy, s.P, s.Q, s.K, 2 - s.pad_h, 2 - s.pad_w}, u, s.N);
+  correlate({dx, s.H, s.W, s.C, add}, {dy, s.P, s.Q, s.K, 2 - s.pad_h, 2 - s.pad_w}, u, s.N);
 }
 
 void winograd_backward_weight(float* dw, const float* dy, const float* x, const Window& s) {

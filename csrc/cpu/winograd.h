@@ -9,7 +9,7 @@ namespace tinyres::TINYRES_TARGET {
 bool use_winograd(const Window& s, ConvAlgorithm algorithm);
 
 void winograd_forward(float* y, const float* x, const float* w, const Window& s);
-void winograd_backward_input(float* dx, const float* dy, const float* w, const Window& s);
+void winograd_backward_input(float* dx, const float* dy, const float* w, const Window& s, bool add);
 void winograd_backward_weight(float* dw, const float* dy, const float* x, const Window& s);
 
 }  // namespace tinyres::TINYRES_TARGET

@@ -261,33 +261,54 @@ void batch_norm_inference(T* y, const T* x, const Wide<T>* gamma, const Wide<T>*
 // (Ioffe and Szegedy 2015, section 3; derived in ../cpu/batch_norm.cpp). In inference mean and s are constants, and
 // dx = gamma s g.
 
-// g of one pack: dy, masked by y > 0 where y is given.
-template <class P>
-__device__ P masked(const P* dy, const P* y, i64 at) {
-  P g = dy[at];
-  if (!y) return g;
-  const P out = y[at];
-  for (int v = 0; v < P::V; v++)
-    if (!(wide(out.at[v]) > 0)) g.at[v] = typename P::T{};
-  return g;
-}
+// y > 0 masks dy on its way through a ReLU: y itself, or y worked out from x as `normalise` does, an array less to
+// read.
+template <class P, class W = typename P::W>
+struct Mask {
+  const P* y;
+  bool from_x;
+  W scale[P::V], offset[P::V], middle[P::V];
+
+  __device__ Mask(const P* y, const W* gamma, const W* beta, const W* mean, const W* inv_std, const Share& share)
+      : y(y), from_x(beta != nullptr) {
+    for (int v = 0; v < P::V; v++) {
+      const i64 c = share.pack * P::V + v;
+      middle[v] = share.inside ? mean[c] : W(0);
+      scale[v] = share.inside && from_x ? gamma[c] * inv_std[c] : W(0);
+      offset[v] = share.inside && from_x ? beta[c] : W(0);
+    }
+  }
+  // g of one pack
+  __device__ P operator()(const P* dy, const P& x, i64 at) const {
+    P g = dy[at];
+    if (y) {
+      const P out = y[at];
+      for (int v = 0; v < P::V; v++)
+        if (!(wide(out.at[v]) > 0)) g.at[v] = typename P::T{};
+    } else if (from_x) {
+      for (int v = 0; v < P::V; v++)
+        if (!((wide(x.at[v]) - middle[v]) * scale[v] + offset[v] > 0)) g.at[v] = typename P::T{};
+    }
+    return g;
+  }
+};
 
 template <class P, class W = typename P::W>
 __global__ void __launch_bounds__(THREADS)
     gradient_sums(Sums<W, 1>* parts, P* __restrict__ dresidual, const P* __restrict__ dy, const P* __restrict__ x,
-                  const P* __restrict__ y, const W* __restrict__ mean, const Split s) {
+                  const P* __restrict__ y, const W* __restrict__ gamma, const W* __restrict__ beta,
+                  const W* __restrict__ mean, const W* __restrict__ inv_std, const Split s) {
   const Share share(s);
-  W middle[P::V];
-  for (int v = 0; v < P::V; v++) middle[v] = share.inside ? mean[share.pack * P::V + v] : W(0);
+  const Mask<P> mask(y, gamma, beta, mean, inv_std, share);
   Sums<W, P::V> total{};
 #pragma unroll 4
   for (i64 row = share.row; row < share.end; row += blockDim.y) {
     const i64 at = row * s.width + share.pack;
-    const P g = masked(dy, y, at), in = x[at];
+    const P in = x[at], g = mask(dy, in, at);
     if (dresidual) dresidual[at] = g;
     for (int v = 0; v < P::V; v++) {
       total.g[v] += wide(g.at[v]);
-      total.gx[v] += wide(g.at[v]) * (wide(in.at[v]) - middle[v]);
+      total.gx[v] += wide(g.at[v]) * (wide(in.at[v]) - mask.middle[v]);
     }
   }
   leave(parts, total, share, s.width);
@@ -305,10 +326,11 @@ __global__ void __launch_bounds__(THREADS)
 
 template <class P, class W = typename P::W>
 void sum_gradients(const char* op, P* dresidual, W* dgamma, W* dbeta, const P* dy, const P* x, const P* y,
-                   const W* mean, InverseStd<W> inv_std, const Split& s) {
+                   const W* gamma, const W* beta, const W* mean, InverseStd<W> inv_std, const Split& s) {
   const i64 C = s.width * P::V;
   const Scratch<Sums<W, 1>> parts(s.strips() * C);
-  launch(op, gradient_sums<P>, s.grid, s.block, 0, current_stream(), parts.get(), dresidual, dy, x, y, mean, s);
+  launch(op, gradient_sums<P>, s.grid, s.block, 0, current_stream(), parts.get(), dresidual, dy, x, y, gamma, beta,
+         mean, inv_std.inv_std, s);
   launch(op, finish_sums<W>, merge_grid(C), MERGE_BLOCK, 0, current_stream(), dgamma, dbeta, parts.get(), inv_std,
          s.strips(), C);
 }
@@ -318,25 +340,26 @@ void sum_gradients(const char* op, P* dresidual, W* dgamma, W* dbeta, const P* d
 template <class P, class W = typename P::W>
 __global__ void __launch_bounds__(THREADS)
     input_gradient(P* __restrict__ dx, const P* __restrict__ dy, const P* __restrict__ x, const P* __restrict__ y,
-                   const W* __restrict__ gamma, const W* __restrict__ mean, const W* __restrict__ inv_std,
-                   const W* __restrict__ dgamma, const W* __restrict__ dbeta, const Split s) {
+                   const W* __restrict__ gamma, const W* __restrict__ beta, const W* __restrict__ mean,
+                   const W* __restrict__ inv_std, const W* __restrict__ dgamma, const W* __restrict__ dbeta,
+                   const Split s) {
   const Share share(s);
   if (!share.inside) return;
-  W scale[P::V], slope[P::V], middle[P::V], mean_g[P::V];
+  const Mask<P> mask(y, gamma, beta, mean, inv_std, share);
+  W scale[P::V], slope[P::V], mean_g[P::V];
   for (int v = 0; v < P::V; v++) {
     const i64 c = share.pack * P::V + v;
     scale[v] = gamma[c] * inv_std[c];
     slope[v] = dgamma[c] * inv_std[c] / W(s.M);
-    middle[v] = mean[c];
     mean_g[v] = dbeta[c] / W(s.M);
   }
 #pragma unroll 4
   for (i64 row = share.row; row < share.end; row += blockDim.y) {
     const i64 at = row * s.width + share.pack;
-    const P g = masked(dy, y, at), in = x[at];
+    const P in = x[at], g = mask(dy, in, at);
     P out;
     for (int v = 0; v < P::V; v++) {
-      const W apart = wide(in.at[v]) - middle[v];
+      const W apart = wide(in.at[v]) - mask.middle[v];
       out.at[v] = narrow<typename P::T>(scale[v] * ((wide(g.at[v]) - mean_g[v]) - apart * slope[v]));
     }
     dx[at] = out;
@@ -345,17 +368,18 @@ __global__ void __launch_bounds__(THREADS)
 
 template <class T>
 void batch_norm_backward(T* dx, T* dresidual, Wide<T>* dgamma, Wide<T>* dbeta, const T* dy, const T* x, const T* y,
-                         const Wide<T>* gamma, const Wide<T>* mean, const Wide<T>* inv_std, i64 M, i64 C) {
+                         const Wide<T>* gamma, const Wide<T>* beta, const Wide<T>* mean, const Wide<T>* inv_std, i64 M,
+                         i64 C) {
   if (C == 0) return;
   with_packs<T>(C, {dx, dresidual, dy, x, y}, [&](auto pack) {
     using P = decltype(pack);
     const Split s(M, C, P::V);
     sum_gradients<P>("batch_norm_backward", packs<P>(dresidual), dgamma, dbeta, packs<P>(dy), packs<P>(x), packs<P>(y),
-                     mean, InverseStd<Wide<T>>{inv_std, nullptr, 0}, s);
+                     gamma, beta, mean, InverseStd<Wide<T>>{inv_std, nullptr, 0}, s);
     // dresidual holds g already: one array to read where there would be two.
     launch("batch_norm_backward", input_gradient<P>, s.grid, s.block, 0, current_stream(), packs<P>(dx),
-           packs<P>(dresidual ? dresidual : dy), packs<P>(x), packs<P>(dresidual ? nullptr : y), gamma, mean, inv_std,
-           dgamma, dbeta, s);
+           packs<P>(dresidual ? dresidual : dy), packs<P>(x), packs<P>(dresidual ? nullptr : y), gamma,
+           dresidual ? nullptr : beta, mean, inv_std, dgamma, dbeta, s);
   });
 }
 
@@ -368,8 +392,8 @@ void batch_norm_inference_backward(T* dx, Wide<T>* dgamma, Wide<T>* dbeta, const
     using P = decltype(pack);
     const Split s(M, C, P::V);
     const InverseStd<Wide<T>> inv_std{nullptr, var, Wide<T>(eps)};
-    sum_gradients<P>("batch_norm_inference_backward", nullptr, dgamma, dbeta, packs<P>(dy), packs<P>(x), nullptr, mean,
-                     inv_std, s);
+    sum_gradients<P, Wide<T>>("batch_norm_inference_backward", nullptr, dgamma, dbeta, packs<P>(dy), packs<P>(x),
+                              nullptr, gamma, nullptr, mean, inv_std, s);
     launch("batch_norm_inference_backward", normalise<P>, s.grid, s.block, 0, current_stream(), packs<P>(dx),
            packs<P>(dy), gamma, nullptr, nullptr, inv_std, nullptr, false, s);
   });

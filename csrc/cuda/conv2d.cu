@@ -70,12 +70,13 @@ __global__ void naive_forward(T* __restrict__ y, const T* __restrict__ x, const 
 
 // x[h] met w[r] in y[p] where p * stride + r = h + pad: only where the stride divides h + pad - r.
 template <class T>
-__global__ void naive_backward_input(T* __restrict__ dx, const T* __restrict__ dy, const T* __restrict__ w, Shape s) {
+__global__ void naive_backward_input(T* __restrict__ dx, const T* __restrict__ dy, const T* __restrict__ w, Shape s,
+                                     bool add) {
   const i64 i = i64(blockIdx.x) * NAIVE_THREADS + threadIdx.x;
   if (i >= i64(s.N) * s.H * s.W * s.C) return;
   const int pixel = int(i / s.C), c = int(i % s.C);
   const int n = pixel / s.W / s.H, h = pixel / s.W % s.H, v = pixel % s.W;
-  Wide<T> sum = 0;
+  Wide<T> sum = add ? wide(dx[i]) : Wide<T>(0);
   for (int r = 0; r < s.R; r++) {
     for (int u = 0; u < s.S; u++) {
       const int down = h + s.pad_h - r, right = v + s.pad_w - u;
@@ -344,7 +345,7 @@ class TapLoader {
 
 template <class T, int WIDTH, int VECTOR>
 __global__ void __launch_bounds__(THREADS<WIDTH>)
-    correlate(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ w, Shape s, bool backward) {
+    correlate(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ w, Shape s, bool backward, bool add) {
   // Blocks that gather the same pixels follow each other: all columns, then all classes, of one tile of rows.
   const int columns = pieces(backward ? s.C : s.K, WIDTH), classes = backward ? s.stride_h * s.stride_w : 1;
   const int column0 = int(blockIdx.x) % columns * WIDTH, class_ = int(blockIdx.x) / columns % classes;
@@ -364,13 +365,19 @@ __global__ void __launch_bounds__(THREADS<WIDTH>)
   for (int i = 0; i < ROWS; i++) {
     if (output.high >= o.N) break;
     const int p = o.rows.begin + output.mid * o.rows.step, q = o.columns.begin + output.low * o.columns.step;
-    store<VECTOR>(y + (i64((output.high * o.P + p) * o.Q + q) * o.K + k), sum[i], o.K - k);
+    T* const place = y + (i64((output.high * o.P + p) * o.Q + q) * o.K + k);
+    if (add) {
+#pragma unroll
+      for (int j = 0; j < COLUMNS; j++)
+        if (k + j < o.K) sum[i][j] += wide(place[j]);
+    }
+    store<VECTOR>(place, sum[i], o.K - k);
     output.advance({0, 0, 1}, o.rows.outputs, o.columns.outputs);
   }
 }
 
 template <class T>
-void launch_correlate(const char* op, T* y, const T* x, const T* w, const Shape& s, bool backward) {
+void launch_correlate(const char* op, T* y, const T* x, const T* w, const Shape& s, bool backward, bool add) {
   const int C = backward ? s.K : s.C, K = backward ? s.C : s.K, width = tile_width(K);
   const bool quads = in_quads(x, C) && in_quads(y, K);
   const auto kernel = width == 64   ? (quads ? correlate<T, 64, 4> : correlate<T, 64, 1>)
@@ -380,7 +387,7 @@ void launch_correlate(const char* op, T* y, const T* x, const T* w, const Shape&
   const i64 classes = backward ? i64(s.stride_h) * s.stride_w : 1;
   const i64 blocks = ceil_div(rows, HEIGHT) * classes * pieces(K, width);
   launch(op, kernel, dim3(unsigned(blocks)), dim3(unsigned(HEIGHT * width / (ROWS * COLUMNS))), 0, current_stream(), y,
-         x, w, s, backward);
+         x, w, s, backward, add);
 }
 
 template <class T>
@@ -393,20 +400,20 @@ void conv2d_forward(T* y, const T* x, const T* w, const Window& window, ConvAlgo
     launch(op, naive_forward<T>, dim3(unsigned(ceil_div(n, NAIVE_THREADS))), dim3(NAIVE_THREADS), 0, current_stream(),
            y, x, w, s);
   else
-    launch_correlate(op, y, x, w, s, false);
+    launch_correlate(op, y, x, w, s, false, false);
 }
 
 template <class T>
-void conv2d_backward_input(T* dx, const T* dy, const T* w, const Window& window, ConvAlgorithm algorithm) {
+void conv2d_backward_input(T* dx, const T* dy, const T* w, const Window& window, ConvAlgorithm algorithm, bool add) {
   const char* op = "conv2d_backward_input";
   const Shape s = shape_of(op, window);
   const i64 n = i64(s.N) * s.H * s.W * s.C;
   if (n == 0) return;
   if (algorithm == ConvAlgorithm::naive)
     launch(op, naive_backward_input<T>, dim3(unsigned(ceil_div(n, NAIVE_THREADS))), dim3(NAIVE_THREADS), 0,
-           current_stream(), dx, dy, w, s);
+           current_stream(), dx, dy, w, s, add);
   else
-    launch_correlate(op, dx, dy, w, s, true);
+    launch_correlate(op, dx, dy, w, s, true, add);
 }
 
 // tiled: weight gradient --------------------------------------------------------------------------------------------

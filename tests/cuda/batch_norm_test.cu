@@ -165,14 +165,15 @@ struct Backward {
 };
 
 template <class T>
-void backward(const Kernels<T>& k, Inputs<T>& in, bool masked, bool residual, bool training) {
+void backward(const Kernels<T>& k, Inputs<T>& in, bool masked, bool residual, bool training, bool from_x = false) {
   const int M = in.s.M, C = in.s.C;
-  const Doubles x = doubles(in.x), y = doubles(in.y), gamma = doubles(in.gamma), mean = doubles(in.mean),
-                s = doubles(in.inv_std);
+  const Doubles x = doubles(in.x), y = doubles(in.y), gamma = doubles(in.gamma), beta = doubles(in.beta),
+                mean = doubles(in.mean), s = doubles(in.inv_std);
   Doubles g = doubles(in.dy), dx(x), dgamma(std::size_t(C), 0.0), dbeta(dgamma);
   for (std::size_t i = 0; i < x.size(); i++) {
     const std::size_t c = i % mean.size();
     if (masked && y[i] <= 0) g[i] = 0;
+    if (from_x && gamma[c] * (x[i] - mean[c]) * s[c] + beta[c] <= 0) g[i] = 0;
     dbeta[c] += g[i];
     dgamma[c] += g[i] * (x[i] - mean[c]) * s[c];
   }
@@ -186,7 +187,8 @@ void backward(const Kernels<T>& k, Inputs<T>& in, bool masked, bool residual, bo
     if (training)
       k.batch_norm_backward(out.dx.data(), residual ? out.dresidual.data() : nullptr, out.dgamma.data(),
                             out.dbeta.data(), in.dy.data(), in.x.data(), masked ? in.y.data() : nullptr,
-                            in.gamma.data(), in.mean.data(), in.inv_std.data(), M, C);
+                            in.gamma.data(), from_x ? in.beta.data() : nullptr, in.mean.data(), in.inv_std.data(), M,
+                            C);
     else
       k.batch_norm_inference_backward(out.dx.data(), out.dgamma.data(), out.dbeta.data(), in.dy.data(), in.x.data(),
                                       in.gamma.data(), in.mean.data(), in.var.data(), EPS, M, C);
@@ -210,6 +212,7 @@ void test_shapes() {
     forward(k, in, first, second);
     inference(k, in, second, first);
     backward(k, in, first, second, true);
+    backward(k, in, false, second, true, true);
     backward(k, in, false, false, false);
     options++;
   }
@@ -234,7 +237,7 @@ void test_exact() {
   }
   Backward<T> out(s);
   k.batch_norm_backward(out.dx.data(), nullptr, out.dgamma.data(), out.dbeta.data(), in.dy.data(), in.x.data(), nullptr,
-                        in.gamma.data(), in.mean.data(), in.inv_std.data(), s.M, s.C);
+                        in.gamma.data(), nullptr, in.mean.data(), in.inv_std.data(), s.M, s.C);
   wait();
   CHECK(close(out.dgamma, dgamma, 0));
   CHECK(close(out.dbeta, dbeta, 0));
@@ -288,7 +291,7 @@ void test_nan() {
                            s.C);
       Backward<T> d(s);
       k.batch_norm_backward(d.dx.data(), d.dresidual.data(), d.dgamma.data(), d.dbeta.data(), in.dy.data(), in.x.data(),
-                            in.y.data(), in.gamma.data(), in.mean.data(), in.inv_std.data(), s.M, s.C);
+                            in.y.data(), in.gamma.data(), nullptr, in.mean.data(), in.inv_std.data(), s.M, s.C);
       wait();
       for (int i = 0; i < s.size(); i++) {
         CHECK(std::isnan(value(y.y[i])) == (i % s.C == 5));
@@ -320,9 +323,9 @@ void test_alignment() {
                        in.beta.data(), in.residual.data(), true, MOMENTUM, EPS, s.M, s.C);
   Backward<T> c(s), d(s);
   k.batch_norm_backward(c.dx.data(), c.dresidual.data(), c.dgamma.data(), c.dbeta.data(), in.dy.data(), in.x.data(),
-                        in.y.data(), in.gamma.data(), in.mean.data(), in.inv_std.data(), s.M, s.C);
+                        in.y.data(), in.gamma.data(), nullptr, in.mean.data(), in.inv_std.data(), s.M, s.C);
   k.batch_norm_backward(dx.data() + 1, d.dresidual.data(), d.dgamma.data(), d.dbeta.data(), in.dy.data(), x.data() + 1,
-                        in.y.data(), in.gamma.data(), in.mean.data(), in.inv_std.data(), s.M, s.C);
+                        in.y.data(), in.gamma.data(), nullptr, in.mean.data(), in.inv_std.data(), s.M, s.C);
   wait();
   for (int i = 0; i < s.size(); i++) b.y[i] = y[i + 1], d.dx[i] = dx[i + 1];
   CHECK(same_bits(a.y, b.y) && same_bits(a.mean, b.mean) && same_bits(a.inv_std, b.inv_std));

@@ -84,9 +84,16 @@ void test_shape(const Kernels<T>& k, const Window& s, unsigned seed) {
     for (const auto algorithm : {ConvAlgorithm::naive, ConvAlgorithm::tiled}) {
       check_run<T>(dy.size(), want.y, ulps, [&](T* y) { k.conv2d_forward(y, at, w.data(), s, algorithm); });
       check_run<T>(shifted.size(), want.dx, ulps,
-                   [&](T* dx) { k.conv2d_backward_input(dx, dy.data(), w.data(), s, algorithm); });
+                   [&](T* dx) { k.conv2d_backward_input(dx, dy.data(), w.data(), s, algorithm, false); });
       check_run<Wide<T>>(w.size(), want.dw, wide_ulps,
                          [&](Wide<T>* dw) { k.conv2d_backward_weight(dw, dy.data(), at, s, algorithm); });
+      Array<T> total(shifted.size());
+      fill_integers(total, seed + 3);
+      std::vector<double> sum = want.dx;
+      for (int i = 0; i < total.size(); i++) sum[std::size_t(i)] += value(total[i]);
+      k.conv2d_backward_input(total.data(), dy.data(), w.data(), s, algorithm, true);
+      wait();
+      CHECK(close(total, sum, ulps));
     }
   }
 }
@@ -141,7 +148,8 @@ void test_not_finite(const Kernels<T>& k) {
   const Sums want = sums_of(s, x, w, dy);
   for (const auto algorithm : {ConvAlgorithm::naive, ConvAlgorithm::tiled}) {
     check_run<T>(dy.size(), want.y, 64, [&](T* y) { k.conv2d_forward(y, x.data(), w.data(), s, algorithm); });
-    check_run<T>(x.size(), want.dx, 64, [&](T* dx) { k.conv2d_backward_input(dx, dy.data(), w.data(), s, algorithm); });
+    check_run<T>(x.size(), want.dx, 64,
+                 [&](T* dx) { k.conv2d_backward_input(dx, dy.data(), w.data(), s, algorithm, false); });
     check_run<Wide<T>>(w.size(), want.dw, 64,
                        [&](Wide<T>* dw) { k.conv2d_backward_weight(dw, dy.data(), x.data(), s, algorithm); });
   }
@@ -153,7 +161,7 @@ void test_empty(const Kernels<T>& k) {
   Array<T> none(1);
   for (const auto algorithm : {ConvAlgorithm::naive, ConvAlgorithm::tiled}) {
     k.conv2d_forward(none.data(), none.data(), none.data(), s, algorithm);
-    k.conv2d_backward_input(none.data(), none.data(), none.data(), s, algorithm);
+    k.conv2d_backward_input(none.data(), none.data(), none.data(), s, algorithm, false);
     check_run<Wide<T>>(54, std::vector<double>(54), 0,
                        [&](Wide<T>* dw) { k.conv2d_backward_weight(dw, none.data(), none.data(), s, algorithm); });
   }
@@ -172,7 +180,7 @@ void test_too_large(const Kernels<T>& k) {
   for (int i = 0; i < 3; i++) {
     try {
       if (i == 0) k.conv2d_forward(none.data(), none.data(), none.data(), s, ConvAlgorithm::tiled);
-      if (i == 1) k.conv2d_backward_input(none.data(), none.data(), none.data(), s, ConvAlgorithm::naive);
+      if (i == 1) k.conv2d_backward_input(none.data(), none.data(), none.data(), s, ConvAlgorithm::naive, false);
       if (i == 2) k.conv2d_backward_weight(dw.data(), none.data(), none.data(), s, ConvAlgorithm::automatic);
     } catch (const std::invalid_argument&) {
       thrown++;

@@ -36,6 +36,20 @@ def _case(name, g):
 
 CASES = [
     *(_case(reason, g) for reason, g in CONVS.items()),
+    # Its dx is added to what came along the other way ...
+    Case(
+        "beside a shortcut",
+        lambda x, w: ops.conv2d(x, w, padding=1) * x,
+        normal(2, 5, 9, 4), normal(3, 3, 4, 4), reduction=36,
+    ),
+    Case(
+        "beside a strided shortcut",
+        lambda x, w: ops.conv2d(x, w, stride=2, padding=1) * x[:, ::2, ::2],
+        normal(2, 5, 9, 4), normal(3, 3, 4, 4), reduction=36,
+    ),
+    # ... and is not taken for that of the weights
+    Case("of x with itself", lambda x: ops.conv2d(x, x, padding=1) * x, normal(3, 3, 3, 3),
+         reduction=27),
     Case(
         "with a bias",
         lambda x, w, b: ops.conv2d(x, w, b, stride=2, padding=1),
@@ -226,3 +240,22 @@ def test_the_fused_ops_are_their_parts(device, rng):
         for got, want in wants:
             assert np.array_equal(got.numpy(), want.numpy(), equal_nan=True)
     assert np.isnan(got.numpy()[..., 3]).all() and not np.isnan(got.numpy()[..., :3]).any()
+
+
+@pytest.mark.parametrize("device, algorithm", ALGORITHMS)
+@pytest.mark.parametrize("g", CONVS.values(), ids=CONVS)
+def test_input_gradient_added_to_a_total(device, algorithm, g):
+    """In place, and nothing but a sum: integers are exact."""
+    rng = np.random.default_rng(0)
+    device = backend.get(device)
+    for dtype in (np.float32, np.float64):
+        dy, w, start = (rng.integers(-3, 4, shape).astype(dtype) for shape in (g.y, g.w, g.x))
+        dy_there, w_there, total = (device.asarray(a) for a in (dy, w, start.copy()))
+        with tinyres.options(conv=algorithm):
+            given = device.kernels.conv2d_backward_input(dy_there, w_there, g.x, g.stride, g.padding, total)
+            dx = device.kernels.conv2d_backward_input(dy_there, w_there, g.x, g.stride, g.padding)
+        assert given is total
+        if algorithm in ("winograd", "auto"):  # fractions inside: not exact
+            assert_close(device.numpy(total), start + device.numpy(dx), _reduction(g), "total")
+        else:
+            np.testing.assert_array_equal(device.numpy(total), start + device.numpy(dx))

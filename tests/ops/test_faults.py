@@ -148,9 +148,9 @@ def _scaled(place, factor):
 
 def _no_mean_term(right, dy, x, *rest):
     """Batch norm's dx without the gradient through the batch's mean."""
-    gamma, _, inv_std = rest[-3:]
+    gamma, (mean, inv_std) = rest[0], rest[-2:]
     dx, *others = right(dy, x, *rest)
-    masked = dy * (rest[0] > 0) if len(rest) == 4 else dy
+    masked = dy * (gamma * (x - mean) * inv_std + rest[1] > 0) if len(rest) == 4 else dy
     rows = tuple(range(x.ndim - 1))
     return dx + gamma * inv_std * masked.mean(rows), *others
 
@@ -166,13 +166,26 @@ def _unmasked(right, dy, x, y, *rest):
     return right(dy, x, np.ones_like(y), *rest)
 
 
+def _never_negative(right, dy, x, gamma, beta, *rest):
+    """A fused backward that forgets the ReLU."""
+    return right(dy, x, gamma, beta + 1e6, *rest)
+
+
 def _residual_unmasked(right, dy, *rest):
     dx, _, dgamma, dbeta = right(dy, *rest)
     return dx, dy, dgamma, dbeta
 
 
-def _swapped_stride(right, dy, other, shape, stride, padding):
-    return right(dy, other, shape, stride[::-1], padding)
+def _swapped_stride(right, dy, other, shape, stride, *rest):
+    return right(dy, other, shape, stride[::-1], *rest)
+
+
+def _overwritten(right, dy, w, x_shape, stride, padding, total):
+    dx = right(dy, w, x_shape, stride, padding)
+    if total is None:
+        return dx
+    total[...] = dx
+    return total
 
 
 def _border_doubled(right, dy, *rest):
@@ -193,6 +206,7 @@ def _summed_loss(right, logits, labels, smoothing):
 
 
 # Both strides give two steps over either side, so that no size betrays the exchange.
+SHORTCUT = Case("beside a shortcut", lambda x, w: ops.conv2d(x, w, padding=1) * x, normal(1, 3, 3, 2), normal(3, 3, 2, 2))
 STRIDES = Case("strides", lambda x, w: ops.conv2d(x, w, stride=(2, 3)), normal(1, 5, 5, 1), normal(2, 2, 1, 2))
 
 _draws = iter(range(1, 1_000_000))
@@ -242,6 +256,9 @@ FAULTS = [
      _kernel("conv2d_backward_input", lambda right, dy, w, *rest: right(dy, w[::-1, ::-1], *rest))),
     ("conv2d", "window turned for w",
      _kernel("conv2d_backward_weight", lambda right, *args: right(*args)[::-1, ::-1].copy())),
+    ("conv2d", "written over the shortcut's gradient", _kernel("conv2d_backward_input", _overwritten), SHORTCUT),
+    ("conv2d", "not added to the shortcut's gradient", _kernel("conv2d_backward_input",
+        lambda right, *args: right(*args) if args[5] is None else args[5]), SHORTCUT),
     ("conv2d", "only the first image",
      _kernel("conv2d_backward_weight", lambda right, dy, x, *rest: right(dy[:1], x[:1], *rest)), Case(
         "two images", ops.conv2d, normal(2, 3, 3, 1), normal(2, 2, 1, 2))),
@@ -263,7 +280,7 @@ FAULTS = [
     ("batch_norm", "evaluation without gamma",
      _kernel("batch_norm_inference_backward", _scaled(0, 0.5)), _evaluation("batch_norm")),
     ("batch_norm_relu", "mean term dropped", _kernel("batch_norm_relu_backward", _no_mean_term)),
-    ("batch_norm_relu", "no mask", _kernel("batch_norm_relu_backward", _unmasked)),
+    ("batch_norm_relu", "no mask", _kernel("batch_norm_relu_backward", _never_negative)),
     ("batch_norm_relu", "evaluation without a mask",
      _kernel("relu_backward", lambda right, dy, y: dy.copy()), _evaluation("batch_norm_relu")),
     ("batch_norm_add_relu", "no mask", _kernel("batch_norm_add_relu_backward", _unmasked)),

@@ -246,10 +246,11 @@ class Adapter:
         self.extension.conv2d_bias_forward(y, x, w, b, residual, relu, stride, padding, algorithm)
         return y
 
-    def conv2d_backward_input(self, dy, w, x_shape, stride, padding):
-        algorithm = self._algorithm()
-        dx = self.empty(x_shape, dy.dtype)
-        self.extension.conv2d_backward_input(dx, self.contiguous(dy), self.contiguous(w), stride, padding, algorithm)
+    def conv2d_backward_input(self, dy, w, x_shape, stride, padding, total=None):
+        algorithm, add = self._algorithm(), total is not None
+        dx = total if add else self.empty(x_shape, dy.dtype)
+        dy, w = self.contiguous(dy), self.contiguous(w)
+        self.extension.conv2d_backward_input(dx, dy, w, stride, padding, algorithm, add)
         return dx
 
     def conv2d_backward_weight(self, dy, x, w_shape, stride, padding):
@@ -290,21 +291,21 @@ class Adapter:
     def batch_norm_add_relu_forward(self, x, residual, *args):
         return self._batch_norm_forward(x, residual, True, *args)
 
-    def _batch_norm_backward(self, dy, x, y, dresidual, gamma, mean, inv_std):
+    def _batch_norm_backward(self, dy, x, y, dresidual, gamma, beta, mean, inv_std):
         dx, dgamma, dbeta = self._like(x), self._like(gamma), self._like(gamma)
         dy, x, gamma = self.contiguous(dy), self.contiguous(x), self.contiguous(gamma)
-        self.extension.batch_norm_backward(dx, dresidual, dgamma, dbeta, dy, x, y, gamma, mean, inv_std)
+        self.extension.batch_norm_backward(dx, dresidual, dgamma, dbeta, dy, x, y, gamma, beta, mean, inv_std)
         return dx, dgamma, dbeta
 
     def batch_norm_backward(self, dy, x, gamma, mean, inv_std):
-        return self._batch_norm_backward(dy, x, None, None, gamma, mean, inv_std)
+        return self._batch_norm_backward(dy, x, None, None, gamma, None, mean, inv_std)
 
-    def batch_norm_relu_backward(self, dy, x, y, gamma, mean, inv_std):
-        return self._batch_norm_backward(dy, x, y, None, gamma, mean, inv_std)
+    def batch_norm_relu_backward(self, dy, x, gamma, beta, mean, inv_std):
+        return self._batch_norm_backward(dy, x, None, None, gamma, self.contiguous(beta), mean, inv_std)
 
     def batch_norm_add_relu_backward(self, dy, x, y, gamma, mean, inv_std):
         dresidual = self._like(x)
-        dx, dgamma, dbeta = self._batch_norm_backward(dy, x, y, dresidual, gamma, mean, inv_std)
+        dx, dgamma, dbeta = self._batch_norm_backward(dy, x, y, dresidual, gamma, None, mean, inv_std)
         return dx, dresidual, dgamma, dbeta
 
     def _batch_norm_inference(self, x, residual, relu, gamma, beta, mean, var, eps):

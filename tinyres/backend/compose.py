@@ -4,9 +4,9 @@ They state what a fused kernel means, and are what the tests hold it to. `self` 
 """
 
 
-def conv2d_backward(self, dy, x, w, stride, padding):
+def conv2d_backward(self, dy, x, w, stride, padding, total=None):
     dy = self.contiguous(dy)
-    dx = self.conv2d_backward_input(dy, w, x.shape, stride, padding)
+    dx = self.conv2d_backward_input(dy, w, x.shape, stride, padding, total)
     return dx, self.conv2d_backward_weight(dy, x, w.shape, stride, padding)
 
 
@@ -26,8 +26,9 @@ def batch_norm_relu_forward(self, x, gamma, beta, running_mean, running_var, mom
     return self.relu(z), mean, inv_std
 
 
-def batch_norm_relu_backward(self, dy, x, y, gamma, mean, inv_std):
-    return self.batch_norm_backward(self.relu_backward(dy, y), x, gamma, mean, inv_std)
+def batch_norm_relu_backward(self, dy, x, gamma, beta, mean, inv_std):
+    z = self.add(self.mul(self.mul(gamma, self.sub(x, mean)), inv_std), beta)
+    return self.batch_norm_backward(self.relu_backward(dy, z), x, gamma, mean, inv_std)
 
 
 def batch_norm_relu_inference(self, x, gamma, beta, mean, var, eps):

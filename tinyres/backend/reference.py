@@ -199,12 +199,13 @@ def conv2d_forward(x, w, stride, padding):
     return y
 
 
-def conv2d_backward_input(dy, w, x_shape, stride, padding):
+def conv2d_backward_input(dy, w, x_shape, stride, padding, total=None):
     N, H, W, C = x_shape
     dx = np.zeros((N, H + 2 * padding[0], W + 2 * padding[1], C), dy.dtype)
     for r, s, view in _taps(dx, w.shape[:2], stride, dy.shape[1:3]):
         view += dy @ w[r, s].T
-    return _inner(dx, x_shape, padding)
+    dx = _inner(dx, x_shape, padding)
+    return dx if total is None else accumulate(total, dx)
 
 
 def conv2d_backward_weight(dy, x, w_shape, stride, padding):

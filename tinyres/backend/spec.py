@@ -50,7 +50,7 @@ MANDATORY = {
     "broadcast; the flags swap the last two axes first",
     # convolution: x (N, H, W, C), w (R, S, C, K), y (N, P, Q, K)
     "conv2d_forward": "(x, w, stride, padding) -> y",
-    "conv2d_backward_input": "(dy, w, x_shape, stride, padding) -> dx",
+    "conv2d_backward_input": "(dy, w, x_shape, stride, padding, total=None) -> dx, or total with dx added to it",
     "conv2d_backward_weight": "(dy, x, w_shape, stride, padding) -> dw",
     # batch norm over the last axis; gamma, beta, mean, var (C,)
     "batch_norm_forward": "(x, gamma, beta, running_mean, running_var, momentum, eps) -> y, mean, inv_std; "
@@ -77,12 +77,12 @@ MANDATORY = {
 }
 
 FUSED = {
-    "conv2d_backward": "(dy, x, w, stride, padding) -> dx, dw",
+    "conv2d_backward": "(dy, x, w, stride, padding, total=None) -> dx, dw; dx as in conv2d_backward_input",
     "add_relu": "(a, b) -> relu(a + b), same shapes; its backward is relu_backward",
     "conv2d_bias_forward": "(x, w, b, residual, relu, stride, padding) -> conv2d_forward + b, plus residual (None or "
     "in y's shape), through relu where `relu`",
     "batch_norm_relu_forward": "(x, gamma, beta, running_mean, running_var, momentum, eps) -> y, mean, inv_std",
-    "batch_norm_relu_backward": "(dy, x, y, gamma, mean, inv_std) -> dx, dgamma, dbeta",
+    "batch_norm_relu_backward": "(dy, x, gamma, beta, mean, inv_std) -> dx, dgamma, dbeta",
     "batch_norm_relu_inference": "(x, gamma, beta, mean, var, eps) -> y",
     "batch_norm_add_relu_forward": "(x, residual, gamma, beta, running_mean, running_var, momentum, eps) -> y, mean, "
     "inv_std: relu(batch_norm(x) + residual)",

@@ -38,18 +38,19 @@ class BatchNormReLU(Function):
     def forward(self, x, gamma, beta, running, training, momentum, eps):
         if not training:
             y = self.kernels.batch_norm_relu_inference(x, gamma, beta, *running, eps)
-            self.saved = x, y, gamma, running, eps
+            self.saved = x, gamma, y, running, eps
             return y
         y, mean, inv_std = self.kernels.batch_norm_relu_forward(x, gamma, beta, *running, momentum, eps)
-        self.saved = x, y, gamma, (mean, inv_std), None
+        self.saved = x, gamma, beta, (mean, inv_std), None
         return y
 
     def backward(self, dy):
-        x, y, gamma, statistics, eps = self.saved
-        if eps is not None:
+        if self.saved[-1] is not None:
+            x, gamma, y, statistics, eps = self.saved
             dz = self.kernels.relu_backward(dy, y)
             return self.kernels.batch_norm_inference_backward(dz, x, gamma, *statistics, eps)
-        return self.kernels.batch_norm_relu_backward(dy, x, y, gamma, *statistics)
+        x, gamma, beta, statistics, _ = self.saved
+        return self.kernels.batch_norm_relu_backward(dy, x, gamma, beta, *statistics)
 
 
 class BatchNormAddReLU(Function):

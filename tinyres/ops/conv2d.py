@@ -16,6 +16,7 @@ from tinyres.ops.elementwise import add, relu
 
 class Conv2d(Function):
     fresh_gradients = True
+    adds_gradients = True  # dx, to the gradient that came along a shortcut
 
     def forward(self, x, w, b, stride, padding):
         self.saved = x, w, stride, padding
@@ -29,9 +30,9 @@ class Conv2d(Function):
     def _gradients(self, dy, needs, x, w, stride, padding):
         dx = dw = db = None
         if needs[0] and needs[1]:
-            dx, dw = self.kernels.conv2d_backward(dy, x, w, stride, padding)
+            dx, dw = self.kernels.conv2d_backward(dy, x, w, stride, padding, self.totals[0])
         elif needs[0]:
-            dx = self.kernels.conv2d_backward_input(dy, w, x.shape, stride, padding)
+            dx = self.kernels.conv2d_backward_input(dy, w, x.shape, stride, padding, self.totals[0])
         elif needs[1]:
             dw = self.kernels.conv2d_backward_weight(dy, x, w.shape, stride, padding)
         if needs[2]:
