@@ -31,13 +31,15 @@ constexpr int OUT = 4, IN = 6, POINTS = IN * IN;
 // Channels of a block: a cache line, and a multiple of every vector length.
 constexpr int BLOCK = 16;
 
-// Sums in registers: the two FMA ports need 8 to 10 in flight. Two vectors of filters share each broadcast.
-#if TINYRES_VECTOR_BYTES == 64 || defined(__aarch64__)
-constexpr int SUMS = 16;
+// Sums in registers: the two FMA ports need 8 to 10 in flight. 4 tiles x 4 vectors of filters take the fewest loads, 4
+// broadcasts and 4 vectors for 16 multiply-adds; 8 x 2 take 10, 16 x 1 take 17 (a quarter slower).
+#if TINYRES_VECTOR_BYTES == 64
+constexpr int SUMS = 16, MOST_VECTORS = 4;
+#elif defined(__aarch64__)
+constexpr int SUMS = 16, MOST_VECTORS = 2;
 #else
-constexpr int SUMS = 8;
+constexpr int SUMS = 8, MOST_VECTORS = 2;
 #endif
-constexpr i64 WIDTH = 2 * LANE;
 
 // Transformed weights of up to FUSED_WEIGHTS leave room in an L2 cache of 1 or 2 MiB for a group of tiles, GROUP_BYTES;
 // the weight gradient keeps its sums there in place of the weights. PHASE_BYTES bounds the scratch of the other driver.
@@ -216,7 +218,7 @@ inline void transform_half(float* to, const float* tile, i64 row, i64 column) {
   }
 }
 
-// By itself: merged with its caller it would get too few registers for its 36 addresses (a third slower).
+// By itself, as is write_tile: merged with its caller it would get too few registers for its addresses.
 template <class TRANSFORM>
 __attribute__((noinline)) void transform_tile(float* to, const float* tile, i64 row, i64 column) {
   transform_half<TRANSFORM, 0>(to, tile, row, column);
@@ -274,6 +276,11 @@ void transform_tiles(const Points& to, i64 place, const Images& s, const Grid& g
   });
 }
 
+template <bool ADD>
+__attribute__((noinline)) void write_tile(float* y, i64 row, i64 column, const float* from) {
+  both_axes<output_transform, OUT, IN, ADD>(y, row, column, from, IN * POINT, POINT);
+}
+
 // Outputs (N, P, Q, K), to be written or added to.
 struct Outputs {
   float* y;
@@ -293,12 +300,12 @@ void write_tiles(const Outputs& s, const Points& from, i64 place, const Grid& gr
         const i64 rows = least(OUT, P - p), columns = least(OUT, Q - q - t * OUT);
         if (rows == OUT && columns == OUT && K - k >= LANE) {
           if (s.add)
-            both_axes<output_transform, OUT, IN, true>(out, Q * K, K, in, IN * POINT, POINT);
+            write_tile<true>(out, Q * K, K, in);
           else
-            both_axes<output_transform, OUT, IN>(out, Q * K, K, in, IN * POINT, POINT);
+            write_tile<false>(out, Q * K, K, in);
         } else {
           float results[OUT][OUT][LANE];
-          both_axes<output_transform, OUT, IN>(results[0][0], OUT * LANE, LANE, in, IN * POINT, POINT);
+          write_tile<false>(results[0][0], OUT * LANE, LANE, in);
           for (i64 i = 0; i < rows; i++)
             for (i64 j = 0; j < columns; j++) {
               float* const pixel = out + (i * Q + j) * K;
@@ -311,13 +318,33 @@ void write_tiles(const Outputs& s, const Points& from, i64 place, const Grid& gr
   });
 }
 
-// Transformed weights: (point, group of WIDTH filters, channel, filter), the order in which the products read them.
+// Filters that are summed together: MOST_VECTORS vectors of them, as often as that goes, then half as many.
+struct Filters {
+  i64 first, count;
+  // The group of filter k of K.
+  static Filters of(i64 k, i64 K) {
+    i64 count = MOST_VECTORS * LANE;
+    while (k >= padded(K) / count * count) count /= 2;
+    return {k / count * count, count};
+  }
+  static Filters number(i64 index, i64 K) {
+    Filters group = of(0, K);
+    while (index-- > 0) group = of(group.first + group.count, K);
+    return group;
+  }
+  static i64 groups(i64 K) {
+    i64 groups = 0;
+    for (i64 k = 0; k < padded(K); k += of(k, K).count) groups++;
+    return groups;
+  }
+};
+
+// Transformed weights: (point, group of filters, channel, filter), the order in which the products read them.
 struct Weights {
   float* data;
   i64 C, K;  // summed channels and filters of the product
   i64 point() const { return C * padded(K) + BLOCK; }
   i64 size() const { return POINTS * point(); }
-  static i64 width(i64 K, i64 k0) { return least(WIDTH, padded(K) - k0); }
 };
 
 // w(tap, c, k) = w[tap * w_tap + c * w_c + k * w_k] for the nine taps.
@@ -339,9 +366,9 @@ void transform_weights(const Weights& u, const float* w, i64 w_tap, i64 w_c, i64
       }
     }
     for (int k = 0; k < BLOCK; k += LANE) {
-      const i64 group = (k0 + k) / WIDTH * WIDTH, width = Weights::width(u.K, group);
+      const Filters group = Filters::of(k0 + k, u.K);
       for (i64 c = 0; c < channels; c++) {
-        float* to = u.data + group * u.C + (c0 + c) * width + (k0 + k - group);
+        float* to = u.data + group.first * u.C + (c0 + c) * group.count + (k0 + k - group.first);
         both_axes<weight_transform, IN, 3>(to, IN * point, point, &copy[0][c][k], 3 * BLOCK * BLOCK, BLOCK * BLOCK);
       }
     }
@@ -358,22 +385,22 @@ void multiply_tiles(float* m, i64 m_vector, const float* v, const float* u, i64 
   for (i64 c0 = 0; c0 < C; c0 += BLOCK, v += Points::block()) {
     for (i64 c = 0; c < least(BLOCK, C - c0); c++, u += VECTORS * LANE) {
       V weights[VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int k = 0; k < VECTORS; k++) weights[k] = load(u + k * LANE);
 #pragma GCC unroll 16
       for (int i = 0; i < TILES; i++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int k = 0; k < VECTORS; k++) sum[i][k] += v[i * BLOCK + c] * weights[k];
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < TILES; i++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int k = 0; k < VECTORS; k++) store(m + i * BLOCK + k * m_vector, sum[i][k]);
 }
 
-// One point and WIDTH filters for the first `tiles` tiles. The last tiles of a group take the smallest kernel that
-// covers them, moved back where it would stand out: computing some twice is cheaper than several small kernels.
+// One point and the filters from k0 on for the first `tiles` tiles. The last tiles of a group take the smallest kernel
+// that covers them, moved back where it would stand out: computing some twice is cheaper than several small kernels.
 template <int VECTORS>
 void multiply_filters(const Points& m, const Points& v, const float* u, i64 point, i64 k0, i64 tiles) {
   const i64 m_vector = m.at(k0 + LANE, 0) - m.at(k0, 0);
@@ -403,9 +430,12 @@ void multiply_filters(const Points& m, const Points& v, const float* u, i64 poin
   }
 }
 
-void multiply(const Points& m, const Points& v, const Weights& u, i64 point, i64 k0, i64 tiles) {
+void multiply(const Points& m, const Points& v, const Weights& u, i64 point, const Filters& filters, i64 tiles) {
+  const i64 k0 = filters.first, vectors = filters.count / LANE;
   const float* weights = u.data + point * u.point() + k0 * u.C;
-  if (Weights::width(u.K, k0) == WIDTH)
+  if (vectors == MOST_VECTORS)
+    multiply_filters<MOST_VECTORS>(m, v, weights, point, k0, tiles);
+  else if (vectors == 2)
     multiply_filters<2>(m, v, weights, point, k0, tiles);
   else
     multiply_filters<1>(m, v, weights, point, k0, tiles);
@@ -427,7 +457,7 @@ inline i64 phase_tiles(i64 channels, i64 tiles) {
 void correlate(const Outputs& y, const Images& x, const Weights& u, i64 N) {
   const Grid grid(N, y.P, y.Q);
   const i64 C = u.C, K = u.K, tiles = grid.tiles();
-  if (C <= BLOCK && K <= least(BLOCK, WIDTH)) {
+  if (C <= BLOCK && K <= least(BLOCK, MOST_VECTORS * LANE)) {
     // One block of channels and one kernel's filters: a product reads all that it overwrites before it does. So a group
     // of tiles fits into the L1 cache.
     parallel_ranges(ceil_div(tiles, GROUP), most(1, least(8, tiles / GROUP / TASKS)), [&](i64 first, i64 last) {
@@ -438,12 +468,13 @@ void correlate(const Outputs& y, const Images& x, const Weights& u, i64 N) {
         const i64 begin = g * GROUP, end = least(begin + GROUP, tiles);
         transform_tiles<InputTransform>(v, 0, x, grid, begin, end);
         const Points in{v.data, GROUP, C};
-        for (i64 point = 0; point < POINTS; point++) multiply(v, in, u, point, 0, GROUP);
+        for (i64 point = 0; point < POINTS; point++) multiply(v, in, u, point, Filters::of(0, K), GROUP);
         write_tiles(y, v, 0, grid, begin, end);
       }
     });
     return;
   }
+  const i64 groups = Filters::groups(K);
   if (is_fused(C, K)) {
     const i64 group = group_tiles(GROUP_BYTES, C + K, tiles);
     parallel_ranges(tiles, group, [&](i64 begin, i64 end) {
@@ -452,7 +483,7 @@ void correlate(const Outputs& y, const Images& x, const Weights& u, i64 N) {
       v.data = scratch.get(), m.data = v.data + v.size();
       transform_tiles<InputTransform>(v, 0, x, grid, begin, end);
       for (i64 point = 0; point < POINTS; point++)
-        for (i64 k0 = 0; k0 < K; k0 += WIDTH) multiply(m, v, u, point, k0, end - begin);
+        for (i64 g = 0; g < groups; g++) multiply(m, v, u, point, Filters::number(g, K), end - begin);
       write_tiles(y, m, 0, grid, begin, end);
     });
     return;
@@ -461,13 +492,13 @@ void correlate(const Outputs& y, const Images& x, const Weights& u, i64 N) {
   Points v{nullptr, phase, C}, m{nullptr, phase, padded(K)};
   const Scratch<float> v_scratch(v.size()), m_scratch(m.size());
   v.data = v_scratch.get(), m.data = m_scratch.get();
-  const i64 groups = ceil_div(K, WIDTH);
   for (i64 first = 0; first < tiles; first += phase) {
     const i64 count = least(phase, tiles - first);
     parallel_ranges(count, most(1, 1024 / C), [&](i64 begin, i64 end) {
       transform_tiles<InputTransform>(v, begin, x, grid, first + begin, first + end);
     });
-    parallel_for(POINTS * groups, [&](i64 task) { multiply(m, v, u, task / groups, task % groups * WIDTH, count); });
+    parallel_for(POINTS * groups,
+                 [&](i64 task) { multiply(m, v, u, task / groups, Filters::number(task % groups, K), count); });
     parallel_ranges(count, most(1, 1024 / K),
                     [&](i64 begin, i64 end) { write_tiles(y, m, begin, grid, first + begin, first + end); });
   }
@@ -483,17 +514,17 @@ void outer_products(float* du, i64 du_row, const float* v, i64 v_group, const fl
   for (; tiles > 0; tiles -= GROUP, v += v_group, d += d_group) {
     for (i64 t = 0; t < least(GROUP, tiles); t++) {
       V gradient[VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int k = 0; k < VECTORS; k++) gradient[k] = load(d + t * BLOCK + k * d_vector);
 #pragma GCC unroll 16
       for (int c = 0; c < CHANNELS; c++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int k = 0; k < VECTORS; k++) sum[c][k] += v[t * BLOCK + c] * gradient[k];
     }
   }
 #pragma GCC unroll 16
   for (int c = 0; c < CHANNELS; c++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int k = 0; k < VECTORS; k++) {
       float* to = du + c * du_row + k * LANE;
       store(to, first ? sum[c][k] : load(to) + sum[c][k]);
@@ -509,8 +540,8 @@ struct WeightSums {
 };
 
 template <int VECTORS>
-void accumulate_group(const WeightSums& du, const Points& v, const Points& d, i64 point, i64 k0, i64 tiles,
-                      bool first) {
+void accumulate_filters(const WeightSums& du, const Points& v, const Points& d, i64 point, i64 k0, i64 tiles,
+                        bool first) {
   constexpr int CHANNELS = SUMS / VECTORS;
   const float* gradient = d.at(k0, 0) + point * POINT;
   const i64 d_vector = d.at(k0 + LANE, 0) - d.at(k0, 0), row = padded(du.K);
@@ -519,11 +550,15 @@ void accumulate_group(const WeightSums& du, const Points& v, const Points& d, i6
                                       v.group(), gradient, d.group(), d_vector, tiles, first);
 }
 
-void accumulate(const WeightSums& du, const Points& v, const Points& d, i64 point, i64 k0, i64 tiles, bool first) {
-  if (Weights::width(du.K, k0) == WIDTH)
-    accumulate_group<2>(du, v, d, point, k0, tiles, first);
+void accumulate(const WeightSums& du, const Points& v, const Points& d, i64 point, const Filters& filters, i64 tiles,
+                bool first) {
+  const i64 k0 = filters.first, vectors = filters.count / LANE;
+  if (vectors == MOST_VECTORS)
+    accumulate_filters<MOST_VECTORS>(du, v, d, point, k0, tiles, first);
+  else if (vectors == 2)
+    accumulate_filters<2>(du, v, d, point, k0, tiles, first);
   else
-    accumulate_group<1>(du, v, d, point, k0, tiles, first);
+    accumulate_filters<1>(du, v, d, point, k0, tiles, first);
 }
 
 // dw(tap, c, k) of channel c, dw having rows of K filters.
@@ -560,7 +595,7 @@ void winograd_backward_input(float* dx, const float* dy, const float* w, const W
 void winograd_backward_weight(float* dw, const float* dy, const float* x, const Window& s) {
   const Grid grid(s.N, s.P, s.Q);
   const Images xs{x, s.H, s.W, s.C, s.pad_h, s.pad_w}, dys{dy, s.P, s.Q, s.K, 0, 0};
-  const i64 tiles = grid.tiles();
+  const i64 tiles = grid.tiles(), groups = Filters::groups(s.K);
   if (is_fused(s.C, s.K)) {
     // A part sums its tiles, group by group, and transforms the sums back itself, which leaves 9 values of 36 to add up
     // in order. At least 64 tiles pay for that.
@@ -578,7 +613,7 @@ void winograd_backward_weight(float* dw, const float* dy, const float* x, const 
         transform_tiles<InputTransform>(v, 0, xs, grid, begin, begin + count);
         transform_tiles<OutputAdjoint>(d, 0, dys, grid, begin, begin + count);
         for (i64 point = 0; point < POINTS; point++)
-          for (i64 k0 = 0; k0 < s.K; k0 += WIDTH) accumulate(du, v, d, point, k0, count, begin == first);
+          for (i64 g = 0; g < groups; g++) accumulate(du, v, d, point, Filters::number(g, s.K), count, begin == first);
       }
       for (i64 c = 0; c < s.C; c++) write_weights(&partial[part * size], s.K, du, c);
     });
@@ -596,15 +631,15 @@ void winograd_backward_weight(float* dw, const float* dy, const float* x, const 
   WeightSums du{nullptr, s.C, s.K};
   const Scratch<float> v_scratch(v.size()), d_scratch(d.size()), du_scratch(du.size());
   v.data = v_scratch.get(), d.data = d_scratch.get(), du.data = du_scratch.get();
-  const i64 groups = ceil_div(s.K, WIDTH);
   for (i64 first = 0; first < tiles; first += phase) {
     const i64 count = least(phase, tiles - first);
     parallel_ranges(count, most(1, 1024 / (s.C + s.K)), [&](i64 begin, i64 end) {
       transform_tiles<InputTransform>(v, begin, xs, grid, first + begin, first + end);
       transform_tiles<OutputAdjoint>(d, begin, dys, grid, first + begin, first + end);
     });
-    parallel_for(POINTS * groups,
-                 [&](i64 task) { accumulate(du, v, d, task / groups, task % groups * WIDTH, count, first == 0); });
+    parallel_for(POINTS * groups, [&](i64 task) {
+      accumulate(du, v, d, task / groups, Filters::number(task % groups, s.K), count, first == 0);
+    });
   }
   parallel_ranges(s.C, most(1, 2048 / s.K), [&](i64 begin, i64 end) {
     for (i64 c = begin; c < end; c++) write_weights(dw, s.K, du, c);
