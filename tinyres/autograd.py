@@ -290,8 +290,8 @@ class Function:
     self.needs    for each tensor input, whether its gradient is wanted; None may be returned for the others
     self.saved    whatever backward needs; freed when the sweep has passed
     `backward` takes the gradient of each output and returns one for each tensor input, of that input's shape and
-    dtype. It must not write into what it is given. Where it returns new arrays only, `fresh_gradients = True` spares
-    a copy. Where it can add to what other ops have sent to an input, `adds_gradients = True` asks for it: then
+    dtype. It must not write into what it is given, but into the gradient where self.owns_gradient says that nobody
+    else holds it. Where it returns such or new arrays only, `fresh_gradients = True` spares a copy. Where it can add to what other ops have sent to an input, `adds_gradients = True` asks for it: then
     self.totals  for each input, None or the array that sums up its gradient, which backward may add to and return
     """
 
@@ -302,6 +302,7 @@ class Function:
     fresh_gradients = False
     adds_gradients = False
     totals: Sequence[Array | None] = ()
+    owns_gradient = False
     # What _record sets, and the sweep reads:
     order: int  # age; the newest has the smallest
     parents: list[tuple | None]  # by input: ((node or leaf, slot), shape, dtype), None where no gradient is wanted
@@ -517,7 +518,9 @@ def _deliver(arrived, heap, place, gradient, fresh, kernels):
 def _output_gradients(node, arrived, wanted):
     """The gradient of each output of `node`, hooks applied; zeros where none arrived."""
     if node.outputs is None and not node.hooks and wanted is None:
-        return (arrived.pop((node, 0))[0],)
+        dy, node.owns_gradient = arrived.pop((node, 0))
+        return (dy,)
+    node.owns_gradient = False
     dys = []
     for slot in range(len(node.outputs or (None,))):
         if (node, slot) in arrived:

@@ -178,3 +178,48 @@ def test_the_gradient_by_x_sums_to_zero(device):
     dx = tinyres.backend.host(x.grad)
     np.testing.assert_allclose(dx.sum((0, 1, 2)), 0, atol=1e-12)
     np.testing.assert_allclose((dx * x.numpy()).sum((0, 1, 2)), 0, atol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(5, 3, 16), (300, 64), (4, 7, 13), (9, 40)])
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+def test_a_gradient_written_over_another(device, shape, dtype):
+    """The same bits, wherever they go."""
+    device = tinyres.backend.get(device)
+    rng, channels = np.random.default_rng(0), shape[-1:]
+    x, y, given = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
+    gamma, beta, mean, inv_std = (rng.uniform(0.5, 1.5, channels).astype(dtype) for _ in range(4))
+    for name, before in (
+        ("batch_norm_backward", (x, gamma)),
+        ("batch_norm_relu_backward", (x, gamma, beta)),
+        ("batch_norm_add_relu_backward", (x, y, gamma)),
+    ):
+        kernel = getattr(device.kernels, name)
+        arguments = [device.asarray(a) for a in (*before, mean, inv_std)]
+        for overwrite in (False, True):
+            dy = device.asarray(given.copy())
+            results = [device.numpy(a) for a in kernel(dy, *arguments, overwrite=overwrite)]
+            if overwrite:
+                assert all(a.tobytes() == b.tobytes() for a, b in zip(results, want, strict=True))
+            else:
+                want = results
+                assert device.numpy(dy).tobytes() == given.tobytes()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_gradient_that_others_hold_is_left_alone(op):
+    rng = np.random.default_rng(0)
+    x, residual, other = (tinyres.tensor(rng.standard_normal((6, 16)), True, np.float64) for _ in range(3))
+    gamma, beta = (tinyres.tensor(rng.uniform(0.5, 1.5, 16), True, np.float64) for _ in range(2))
+    inputs = (x, residual) if op is ops.batch_norm_add_relu else (x,)
+    dy = rng.standard_normal((6, 16))
+    (op(*inputs, gamma, beta) + other).backward(dy.copy())  # the sum gives both sides one array
+    np.testing.assert_array_equal(other.grad, dy)
+    y = op(*inputs, gamma, beta)
+    seen = []
+    y.register_hook(seen.append)
+    y.backward(dy)
+    np.testing.assert_array_equal(seen[0], dy)
+    mine = dy.copy()
+    op(*inputs, gamma, beta).backward(mine)
+    np.testing.assert_array_equal(mine, dy)

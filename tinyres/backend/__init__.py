@@ -93,7 +93,7 @@ def get(name: str | Device | None = None) -> Device:
 
 _KERNELS = {
     "reference": lambda: _Kernels(reference),
-    "cpu": lambda: Adapter("cpu", np, _cpu, memory.empty),
+    "cpu": lambda: Adapter("cpu", np, _cpu, memory.empty, overwrites=True),
     "emulated": cuda.emulated,
     "cuda": cuda.cuda,
 }

@@ -71,10 +71,11 @@ class Adapter:
     xp         the array module: NumPy or CuPy
     extension  tinyres._cpu, _emulated or _cuda
     empty      (shape, dtype) -> an uninitialised dense array
+    overwrites  whether a gradient may be written over the one that it is worked out from
     """
 
-    def __init__(self, name, xp, extension, empty):
-        self.name, self.xp, self.extension, self.empty = name, xp, extension, empty
+    def __init__(self, name, xp, extension, empty, overwrites=False):
+        self.name, self.xp, self.extension, self.empty, self.overwrites = name, xp, extension, empty, overwrites
         self.array = xp.ndarray
 
     def contiguous(self, x):
@@ -291,22 +292,33 @@ class Adapter:
     def batch_norm_add_relu_forward(self, x, residual, *args):
         return self._batch_norm_forward(x, residual, True, *args)
 
-    def _batch_norm_backward(self, dy, x, y, dresidual, gamma, beta, mean, inv_std):
-        dx, dgamma, dbeta = self._like(x), self._like(gamma), self._like(gamma)
-        dy, x, gamma = self.contiguous(dy), self.contiguous(x), self.contiguous(gamma)
+    def _over(self, dy, overwrite):
+        """Where the next gradient goes: over dy if that is allowed, for a cache holds it already; else a new array.
+
+        Not with a number of channels that leaves a rest, whose vector overlaps the one before and is computed twice.
+        """
+        return dy if overwrite and self.overwrites and dy.shape[-1] % 16 == 0 else self._like(dy)
+
+    def _batch_norm_backward(self, dx, dresidual, dy, x, y, gamma, beta, mean, inv_std):
+        dgamma, dbeta = self._like(gamma), self._like(gamma)
+        x, gamma = self.contiguous(x), self.contiguous(gamma)
         self.extension.batch_norm_backward(dx, dresidual, dgamma, dbeta, dy, x, y, gamma, beta, mean, inv_std)
-        return dx, dgamma, dbeta
+        return dgamma, dbeta
 
-    def batch_norm_backward(self, dy, x, gamma, mean, inv_std):
-        return self._batch_norm_backward(dy, x, None, None, gamma, None, mean, inv_std)
+    def batch_norm_backward(self, dy, x, gamma, mean, inv_std, overwrite=False):
+        dy = self.contiguous(dy)
+        dx = self._over(dy, overwrite)
+        return dx, *self._batch_norm_backward(dx, None, dy, x, None, gamma, None, mean, inv_std)
 
-    def batch_norm_relu_backward(self, dy, x, gamma, beta, mean, inv_std):
-        return self._batch_norm_backward(dy, x, None, None, gamma, self.contiguous(beta), mean, inv_std)
+    def batch_norm_relu_backward(self, dy, x, gamma, beta, mean, inv_std, overwrite=False):
+        dy = self.contiguous(dy)
+        dx = self._over(dy, overwrite)
+        return dx, *self._batch_norm_backward(dx, None, dy, x, None, gamma, self.contiguous(beta), mean, inv_std)
 
-    def batch_norm_add_relu_backward(self, dy, x, y, gamma, mean, inv_std):
-        dresidual = self._like(x)
-        dx, dgamma, dbeta = self._batch_norm_backward(dy, x, y, dresidual, gamma, None, mean, inv_std)
-        return dx, dresidual, dgamma, dbeta
+    def batch_norm_add_relu_backward(self, dy, x, y, gamma, mean, inv_std, overwrite=False):
+        dy = self.contiguous(dy)
+        dx, dresidual = self._like(x), self._over(dy, overwrite)
+        return dx, dresidual, *self._batch_norm_backward(dx, dresidual, dy, x, y, gamma, None, mean, inv_std)
 
     def _batch_norm_inference(self, x, residual, relu, gamma, beta, mean, var, eps):
         y = self._like(x)

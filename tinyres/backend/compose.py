@@ -26,7 +26,7 @@ def batch_norm_relu_forward(self, x, gamma, beta, running_mean, running_var, mom
     return self.relu(z), mean, inv_std
 
 
-def batch_norm_relu_backward(self, dy, x, gamma, beta, mean, inv_std):
+def batch_norm_relu_backward(self, dy, x, gamma, beta, mean, inv_std, overwrite=False):
     z = self.add(self.mul(self.mul(gamma, self.sub(x, mean)), inv_std), beta)
     return self.batch_norm_backward(self.relu_backward(dy, z), x, gamma, mean, inv_std)
 
@@ -40,7 +40,7 @@ def batch_norm_add_relu_forward(self, x, residual, gamma, beta, running_mean, ru
     return self.add_relu(z, residual), mean, inv_std
 
 
-def batch_norm_add_relu_backward(self, dy, x, y, gamma, mean, inv_std):
+def batch_norm_add_relu_backward(self, dy, x, y, gamma, mean, inv_std, overwrite=False):
     dresidual = self.relu_backward(dy, y)
     dx, dgamma, dbeta = self.batch_norm_backward(dresidual, x, gamma, mean, inv_std)
     return dx, dresidual, dgamma, dbeta

@@ -228,7 +228,7 @@ def batch_norm_forward(x, gamma, beta, running_mean, running_var, momentum, eps)
     return gamma * (x - mean) * inv_std + beta, mean, inv_std
 
 
-def batch_norm_backward(dy, x, gamma, mean, inv_std):
+def batch_norm_backward(dy, x, gamma, mean, inv_std, overwrite=False):
     normalised = (x - mean) * inv_std
     dgamma, dbeta = sum_to(dy * normalised, gamma.shape), sum_to(dy, gamma.shape)
     count = x.size // x.shape[-1]

@@ -55,7 +55,8 @@ MANDATORY = {
     # batch norm over the last axis; gamma, beta, mean, var (C,)
     "batch_norm_forward": "(x, gamma, beta, running_mean, running_var, momentum, eps) -> y, mean, inv_std; "
     "running statistics (None or (C,)) are updated in place: mean, and the unbiased variance, with share momentum",
-    "batch_norm_backward": "(dy, x, gamma, mean, inv_std) -> dx, dgamma, dbeta",
+    "batch_norm_backward": "(dy, x, gamma, mean, inv_std, overwrite=False) -> dx, dgamma, dbeta; dx may lie over dy "
+    "if overwrite",
     "batch_norm_inference": "(x, gamma, beta, mean, var, eps) -> y",
     "batch_norm_inference_backward": "(dy, x, gamma, mean, var, eps) -> dx, dgamma, dbeta",
     # pooling: window, stride, padding pairs; x (N, H, W, C), y (N, P, Q, C)
@@ -82,10 +83,11 @@ FUSED = {
     "conv2d_bias_forward": "(x, w, b, residual, relu, stride, padding) -> conv2d_forward + b, plus residual (None or "
     "in y's shape), through relu where `relu`",
     "batch_norm_relu_forward": "(x, gamma, beta, running_mean, running_var, momentum, eps) -> y, mean, inv_std",
-    "batch_norm_relu_backward": "(dy, x, gamma, beta, mean, inv_std) -> dx, dgamma, dbeta",
+    "batch_norm_relu_backward": "(dy, x, gamma, beta, mean, inv_std, overwrite=False) -> dx, dgamma, dbeta",
     "batch_norm_relu_inference": "(x, gamma, beta, mean, var, eps) -> y",
     "batch_norm_add_relu_forward": "(x, residual, gamma, beta, running_mean, running_var, momentum, eps) -> y, mean, "
     "inv_std: relu(batch_norm(x) + residual)",
-    "batch_norm_add_relu_backward": "(dy, x, y, gamma, mean, inv_std) -> dx, dresidual, dgamma, dbeta",
+    "batch_norm_add_relu_backward": "(dy, x, y, gamma, mean, inv_std, overwrite=False) -> dx, dresidual, dgamma, dbeta; "
+    "dresidual may lie over dy if overwrite",
     "batch_norm_add_relu_inference": "(x, residual, gamma, beta, mean, var, eps) -> y",
 }

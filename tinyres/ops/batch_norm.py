@@ -29,7 +29,7 @@ class BatchNorm(Function):
         x, gamma, statistics, eps = self.saved
         if eps is not None:
             return self.kernels.batch_norm_inference_backward(dy, x, gamma, *statistics, eps)
-        return self.kernels.batch_norm_backward(dy, x, gamma, *statistics)
+        return self.kernels.batch_norm_backward(dy, x, gamma, *statistics, overwrite=self.owns_gradient)
 
 
 class BatchNormReLU(Function):
@@ -50,7 +50,7 @@ class BatchNormReLU(Function):
             dz = self.kernels.relu_backward(dy, y)
             return self.kernels.batch_norm_inference_backward(dz, x, gamma, *statistics, eps)
         x, gamma, beta, statistics, _ = self.saved
-        return self.kernels.batch_norm_relu_backward(dy, x, gamma, beta, *statistics)
+        return self.kernels.batch_norm_relu_backward(dy, x, gamma, beta, *statistics, overwrite=self.owns_gradient)
 
 
 class BatchNormAddReLU(Function):
@@ -71,7 +71,7 @@ class BatchNormAddReLU(Function):
             dresidual = self.kernels.relu_backward(dy, y)
             dx, dgamma, dbeta = self.kernels.batch_norm_inference_backward(dresidual, x, gamma, *statistics, eps)
             return dx, dresidual, dgamma, dbeta
-        return self.kernels.batch_norm_add_relu_backward(dy, x, y, gamma, *statistics)
+        return self.kernels.batch_norm_add_relu_backward(dy, x, y, gamma, *statistics, overwrite=self.owns_gradient)
 
 
 def batch_norm(
