@@ -375,6 +375,40 @@ void transform_weights(const Weights& u, const float* w, i64 w_tap, i64 w_c, i64
   });
 }
 
+// While the products of a group of tiles run, which leave the memory idle, they ask it for what comes next: of images
+// (N, H, W, C) the 4x4 pixels `down` rows below the outputs of tiles [first, last), some tiles at each point.
+class Ahead {
+ public:
+  Ahead(const float* x, i64 H, i64 W, i64 C, i64 down, const Grid& grid, i64 first, i64 last)
+      : x_(x), H_(H), W_(W), C_(C), down_(down), grid_(grid), tiles_(most(0, last - first)) {
+    const i64 row = first / grid.columns;
+    n_ = row / grid.rows, row_ = row % grid.rows, column_ = first % grid.columns;
+  }
+  // Of a tile's 6x6 inputs, the last four rows are those that the tiles above it have not read.
+  Ahead(const Images& s, const Grid& grid, i64 first, i64 last)
+      : Ahead(s.x, s.H, s.W, s.C, IN - OUT - s.pad_h, grid, first, last) {}
+
+  void ask(i64 point) {
+    for (; asked_ < tiles_ * (point + 1) / POINTS; asked_++) {
+      const i64 w = column_ * OUT, width = least(OUT, W_ - w) * C_;
+      for (i64 i = 0; i < OUT; i++) {
+        const i64 h = row_ * OUT + i + down_;
+        if (h < 0 || h >= H_) continue;
+        const float* pixels = x_ + ((n_ * H_ + h) * W_ + w) * C_;
+        for (i64 c = 0; c < width; c += BLOCK) __builtin_prefetch(pixels + c, 0, 2);  // as far as the L2 cache
+      }
+      if (++column_ == grid_.columns) column_ = 0, row_++;
+      if (row_ == grid_.rows) row_ = 0, n_++;
+    }
+  }
+
+ private:
+  const float* x_;
+  i64 H_, W_, C_, down_;
+  const Grid& grid_;
+  i64 tiles_, asked_ = 0, n_, row_, column_;
+};
+
 // Forward and input gradient -----------------------------------------------------------------------------------------
 
 // m(tile, k) = sum over c of v(tile, c) * u(c, k) for TILES x VECTORS sums in registers. 8 x 2 take 8 broadcasts and 2
@@ -468,7 +502,11 @@ void correlate(const Outputs& y, const Images& x, const Weights& u, i64 N) {
         const i64 begin = g * GROUP, end = least(begin + GROUP, tiles);
         transform_tiles<InputTransform>(v, 0, x, grid, begin, end);
         const Points in{v.data, GROUP, C};
-        for (i64 point = 0; point < POINTS; point++) multiply(v, in, u, point, Filters::of(0, K), GROUP);
+        Ahead outputs(y.y, y.P, y.Q, K, 0, grid, begin, end), inputs(x, grid, end, least(end + GROUP, tiles));
+        for (i64 point = 0; point < POINTS; point++) {
+          outputs.ask(point), inputs.ask(point);
+          multiply(v, in, u, point, Filters::of(0, K), GROUP);
+        }
         write_tiles(y, v, 0, grid, begin, end);
       }
     });
@@ -482,8 +520,11 @@ void correlate(const Outputs& y, const Images& x, const Weights& u, i64 N) {
       const Scratch<float> scratch(v.size() + m.size());
       v.data = scratch.get(), m.data = v.data + v.size();
       transform_tiles<InputTransform>(v, 0, x, grid, begin, end);
-      for (i64 point = 0; point < POINTS; point++)
+      Ahead outputs(y.y, y.P, y.Q, K, 0, grid, begin, end), inputs(x, grid, end, least(end + group, tiles));
+      for (i64 point = 0; point < POINTS; point++) {
+        outputs.ask(point), inputs.ask(point);
         for (i64 g = 0; g < groups; g++) multiply(m, v, u, point, Filters::number(g, K), end - begin);
+      }
       write_tiles(y, m, 0, grid, begin, end);
     });
     return;
@@ -597,10 +638,10 @@ void winograd_backward_weight(float* dw, const float* dy, const float* x, const 
   const Images xs{x, s.H, s.W, s.C, s.pad_h, s.pad_w}, dys{dy, s.P, s.Q, s.K, 0, 0};
   const i64 tiles = grid.tiles(), groups = Filters::groups(s.K);
   if (is_fused(s.C, s.K)) {
-    // A part sums its tiles, group by group, and transforms the sums back itself, which leaves 9 values of 36 to add up
-    // in order. At least 64 tiles pay for that.
+    // A part sums its tiles, two groups at a time, and transforms the sums back itself, which leaves 9 values of 36 to
+    // add up in order. At least 64 tiles pay for that.
     const i64 parts = most(1, least(TASKS, tiles / 64)), size = 9 * s.C * s.K;
-    const i64 group = least(2 * group_tiles(GROUP_BYTES, s.C + s.K, TASKS * tiles), ceil_div(tiles, parts));
+    const i64 group = least(2 * GROUP, 2 * group_tiles(GROUP_BYTES, s.C + s.K, TASKS * tiles));
     const Scratch<float> partial(parts * size);
     parallel_for(parts, [&](i64 part) {
       Points v{nullptr, group, s.C}, d{nullptr, group, s.K};
@@ -612,8 +653,12 @@ void winograd_backward_weight(float* dw, const float* dy, const float* x, const 
         const i64 count = least(group, last - begin);
         transform_tiles<InputTransform>(v, 0, xs, grid, begin, begin + count);
         transform_tiles<OutputAdjoint>(d, 0, dys, grid, begin, begin + count);
-        for (i64 point = 0; point < POINTS; point++)
+        const i64 next = begin + count, end = least(next + group, last);
+        Ahead inputs(xs, grid, next, end), gradients(dy, s.P, s.Q, s.K, 0, grid, next, end);
+        for (i64 point = 0; point < POINTS; point++) {
+          inputs.ask(point), gradients.ask(point);
           for (i64 g = 0; g < groups; g++) accumulate(du, v, d, point, Filters::number(g, s.K), count, begin == first);
+        }
       }
       for (i64 c = 0; c < s.C; c++) write_weights(&partial[part * size], s.K, du, c);
     });
