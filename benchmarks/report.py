@@ -25,6 +25,8 @@ NAMES = {
     "torch_eager": "PyTorch eager",
     "torch_compile": "PyTorch compile",
 }
+RIVALS = {"eager": "torch_eager", "compile": "torch_compile", "ours_direct": "ours_direct"}  # ratio_... in the files
+IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 IN_README = ("train_run", "train_step")
 
 
@@ -79,19 +81,57 @@ def train_step(result):
         if "failed" in row:
             continue
         ratio = result.get(f"ratio_{name.removeprefix('torch_')}")
-        peak = row.get("peak_device_mib", row["peak_resident_mib"])
         rows.append(
             [
                 NAMES[name],
                 milliseconds(row["ms"]),
                 f"{row['images_per_second']:,}",
                 f"{ratio:.2f}x" if ratio else "1",
-                f"{peak:,} MiB",
+                f"{peak_mib(row):,} MiB",
             ]
         )
     title = f"{what(result)} of {network(result)}, batch {result['batch_size']}, float32{on_gpu(result)}:"
     head = ["", "ms, median (20 to 80 %)", "images/s", "time over ours", "peak memory"]
     return f"{title}\n\n{table(head, rows)}"
+
+
+def steps(results):
+    """Training steps and inference on one machine, a row each."""
+
+    def order(result):
+        depth = int(network(result).removeprefix("ResNet-"))
+        isa = result["machine"]["isa"] or ""
+        return result.get("inference", False), result.get("model", "") in IMAGENET, depth, isa, result["batch_size"]
+
+    rows = []
+    for result in sorted(results, key=order):
+        competitors, ours = result["competitors"], result["competitors"]["ours"]
+        theirs = [row for name, row in competitors.items() if name.startswith("torch") and "failed" not in row]
+        isa = result["machine"]["isa"]
+        rows.append(
+            [
+                f"{network(result)}, {'inference' if result.get('inference') else 'step'}, batch {result['batch_size']}"
+                + (f", {isa}" if isa else ""),
+                milliseconds(ours["ms"]).split(" ")[0],
+                f"{ours['images_per_second']:,}",
+                *(f"{ratio:.2f}x" if ratio else "" for ratio in (result.get(f"ratio_{name}") for name in RIVALS)),
+                f"{peak_mib(ours):,} MiB",
+                " to ".join(f"{mib:,}" for mib in sorted({peak_mib(row) for row in theirs})) + " MiB",
+            ]
+        )
+    head = ["float32", "tinyres, ms", "images/s", *(f"{NAMES[f'{name}']}" for name in RIVALS.values())]
+    head += ["memory, tinyres", "memory, PyTorch"]
+    commits = ", ".join(sorted({result["commit"] for result in results}))
+    dates = sorted(result["date"] for result in results)
+    same = {**results[0], "commit": commits, "date": " to ".join(sorted({dates[0], dates[-1]}))}
+    same["machine"] = {**same["machine"], "isa": None}
+    same["command"] = "python benchmarks/train_step.py --against torch ... --json benchmarks/results/..."
+    title = "Training steps, and inference with batch norm folded; other columns are times over tinyres's own, medians:"
+    return f"{title}\n\n{table(head, rows)}\n\n{place(same)}"
+
+
+def peak_mib(row):
+    return row.get("peak_device_mib", row["peak_resident_mib"])
 
 
 def network(result):
@@ -175,6 +215,16 @@ def winograd_error(result):
     return f"{title}\n\n{table(head, rows)}\n\n{table(['points', 'error of y'], points)}"
 
 
+def op_cost(result):
+    rows = [
+        [row["op"], *(f"{value:.2f}" for name in ("ours", "torch") for value in row[name]), f"{row['ratio']:.2f}x"]
+        for row in result["rows"]
+    ]
+    head = ["us", "record", "sweep", "PyTorch: record", "sweep", "our time over PyTorch's"]
+    title = f"What an op on a few numbers costs, geometric mean {result['ratio']:.2f}x:"
+    return f"{title}\n\n{table(head, rows)}"
+
+
 # lines --------------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +278,13 @@ def headline_winograd_error(result):
     return f"Winograd's errors are at most {worst:.1f} times those of direct convolution"
 
 
+def headline_op_cost(result):
+    worst = max(result["rows"], key=lambda row: row["ratio"])
+    return f"an op costs {result['ratio']:.2f}x PyTorch's, geometric mean; {worst['op']} most, {worst['ratio']:.2f}x"
+
+
 TABLES = {
+    "op_cost": op_cost,
     "train_run": train_run,
     "train_step": train_step,
     "kernels": kernels,
@@ -237,6 +293,7 @@ TABLES = {
     "winograd_error": winograd_error,
 }
 HEADLINES = {
+    "op_cost": headline_op_cost,
     "train_run": headline_train_run,
     "train_step": headline_train_step,
     "kernels": headline_kernels,
@@ -247,8 +304,20 @@ HEADLINES = {
 
 
 def render(results):
-    parts = [f"{TABLES[r['benchmark']](r)}\n\n{place(r)}" for r in results]
-    return "\n\n".join(parts) or "No results yet: see benchmarks/."
+    """Every result with a table of its own."""
+    return "\n\n".join(f"{TABLES[r['benchmark']](r)}\n\n{place(r)}" for r in results)
+
+
+def overview(results):
+    """Results for the README: as `render`, but all steps on a machine in one table."""
+    parts, machines = [render([r for r in results if r["benchmark"] != "train_step"])], {}
+    for result in results:
+        if result["benchmark"] == "train_step":
+            machine = result["machine"]
+            key = machine["cpu"], machine["threads"], machine.get("gpu", {}).get("name")
+            machines.setdefault(key, []).append(result)
+    parts += [steps(members) for members in machines.values()]
+    return "\n\n".join(filter(None, parts)) or "No results yet: see benchmarks/."
 
 
 # roofline -----------------------------------------------------------------------------------------------------------
@@ -343,7 +412,7 @@ def main():
     elif args.files or args.print:
         print(render(results or newest(harness.ROOT / "benchmarks/results")))
     else:
-        rewrite_readme(render(newest(harness.ROOT / "benchmarks/results")))
+        rewrite_readme(overview(newest(harness.ROOT / "benchmarks/results")))
 
 
 if __name__ == "__main__":

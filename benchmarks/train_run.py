@@ -75,10 +75,9 @@ def main():
                 result = harness.result("train_run", threads, _cpu.isa(), **fields)
                 harness.write_json(args.json, {**result, "competitors": summaries(runs)})
     for name, row in summaries(runs).items():
-        print(
-            f"{name:14} test error {row['mean_test_error']:.2f} % (spread {row['spread']})   {row['peak_resident_mib']} MiB"
-            f"   (seeds {', '.join(str(r['seed']) for r in row['runs'])})"
-        )
+        seeds = ", ".join(str(r["seed"]) for r in row["runs"])
+        error = f"{row['mean_test_error']:.2f} % (spread {row['spread']})"
+        print(f"{name:14} test error {error}   {row['peak_resident_mib']} MiB   (seeds {seeds})")
 
 
 def kept(path, fields):

@@ -181,7 +181,9 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
     environment = {name: v for name, v in os.environ.items() if not name.startswith("OMP_")}
     environment |= {"OMP_PROC_BIND": value, "OPENBLAS_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-c", program, str(bound)], env=environment, capture_output=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(bound)], env=environment, capture_output=True, timeout=60
+    )
     assert result.returncode == 0, result.stderr.decode()
 
 

@@ -291,7 +291,8 @@ class Function:
     self.saved    whatever backward needs; freed when the sweep has passed
     `backward` takes the gradient of each output and returns one for each tensor input, of that input's shape and
     dtype. It must not write into what it is given, but into the gradient where self.owns_gradient says that nobody
-    else holds it. Where it returns such or new arrays only, `fresh_gradients = True` spares a copy. Where it can add to what other ops have sent to an input, `adds_gradients = True` asks for it: then
+    else holds it. Where it returns such or new arrays only, `fresh_gradients = True` spares a copy. Where it can add to
+    what other ops have sent to an input, `adds_gradients = True` asks for it: then
     self.totals  for each input, None or the array that sums up its gradient, which backward may add to and return
     """
 
@@ -440,25 +441,27 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
         if node.swept:
             rule = "the graph was swept already (retain_graph=True keeps it for another sweep)"
             fail(op, rule, GraphError, node=type(node).__name__)
+        totals = None
         if node.adds_gradients:
-            node.totals = [_total(arrived, parent) for parent in node.parents]
+            totals = node.totals = [_total(arrived, parent) for parent in node.parents]
         dxs = node.backward(*_output_gradients(node, arrived, wanted))
         if not isinstance(dxs, tuple):
             dxs = (dxs,)
         if len(dxs) != len(node.parents):
             rule = "backward must return a gradient for each input"
             fail(type(node).__name__, rule, GraphError, inputs=len(node.parents), gradients=len(dxs))
-        for i, (parent, dx) in enumerate(zip(node.parents, dxs, strict=True)):
+        for parent, dx in zip(node.parents, dxs, strict=True):
             if parent is not None and dx is not None:
-                if node.totals and dx is node.totals[i]:
-                    continue
+                if totals is not None and any(dx is total for total in totals):
+                    continue  # it was added to in place
                 place, shape, dtype = parent
                 if not (isinstance(dx, node.device.array) and dx.shape == shape and dx.dtype == dtype):
                     given = getattr(dx, "shape", None), getattr(dx, "dtype", None)
                     rule = "a gradient must be an array of its input's shape and dtype"
                     fail(type(node).__name__, rule, GraphError, gradient=given, input=(shape, dtype))
                 _deliver(arrived, heap, place, dx, node.fresh_gradients, node.kernels)
-        node.totals = ()
+        if totals is not None:
+            node.totals = ()
         if not retain_graph:
             node.saved, node.swept = None, True
     finished = [(leaf, _leaf_gradient(op, leaf, *held, wanted)) for (leaf, _), held in arrived.items()]

@@ -14,6 +14,7 @@
 // shape:
 //   - fused, where the transformed weights fit in the L2 cache: a task takes a group of tiles through all three;
 //   - in phases, otherwise: each step runs over many tiles at once, and 2 reads each weight once.
+// In the fused one, 2 also asks the memory for what the next 1 and 3 need (Ahead).
 //
 //   N batch, H W input size, C channels, K filters, P Q output size.
 #include "winograd.h"
@@ -477,11 +478,12 @@ void multiply(const Points& m, const Points& v, const Weights& u, i64 point, con
 
 inline bool is_fused(i64 C, i64 K) { return POINTS * C * K * i64(sizeof(float)) <= FUSED_WEIGHTS; }
 
-// Tiles of C + K channels that fit into `bytes`, in whole kernels of 8 or 16, but no more than keep the TASKS busy.
+// Tiles of C + K channels that fit into `bytes`, in whole groups of places, but no more than keep the TASKS busy. Less
+// than a group would read all weights for a few tiles.
 inline i64 group_tiles(i64 bytes, i64 channels, i64 tiles) {
   const i64 fit = bytes / (POINTS * channels * i64(sizeof(float))), share = ceil_div(tiles, TASKS);
-  const i64 most_tiles = most(16, least(64, fit / 16 * 16));
-  return least(most_tiles, ceil_div(share, 8) * 8);
+  const i64 most_tiles = most(GROUP, least(4 * GROUP, fit / GROUP * GROUP));
+  return least(most_tiles, ceil_div(share, GROUP) * GROUP);
 }
 inline i64 phase_tiles(i64 channels, i64 tiles) {
   return least(tiles, most(64, PHASE_BYTES / (POINTS * channels * i64(sizeof(float)))));

@@ -124,6 +124,7 @@ def _kernel(name, faulty):
     def plant(monkeypatch, device):
         kernels = tinyres.backend.get(device).kernels
         right = getattr(kernels, name)
+
         def planted(*args, overwrite=False, **kwargs):  # never over dy, which faults look at
             return faulty(right, *args, **kwargs)
 
@@ -209,7 +210,9 @@ def _summed_loss(right, logits, labels, smoothing):
 
 
 # Both strides give two steps over either side, so that no size betrays the exchange.
-SHORTCUT = Case("beside a shortcut", lambda x, w: ops.conv2d(x, w, padding=1) * x, normal(1, 3, 3, 2), normal(3, 3, 2, 2))
+SHORTCUT = Case(
+    "beside a shortcut", lambda x, w: ops.conv2d(x, w, padding=1) * x, normal(1, 3, 3, 2), normal(3, 3, 2, 2)
+)
 STRIDES = Case("strides", lambda x, w: ops.conv2d(x, w, stride=(2, 3)), normal(1, 5, 5, 1), normal(2, 2, 1, 2))
 
 _draws = iter(range(1, 1_000_000))

@@ -87,7 +87,7 @@ FUSED = {
     "batch_norm_relu_inference": "(x, gamma, beta, mean, var, eps) -> y",
     "batch_norm_add_relu_forward": "(x, residual, gamma, beta, running_mean, running_var, momentum, eps) -> y, mean, "
     "inv_std: relu(batch_norm(x) + residual)",
-    "batch_norm_add_relu_backward": "(dy, x, y, gamma, mean, inv_std, overwrite=False) -> dx, dresidual, dgamma, dbeta; "
-    "dresidual may lie over dy if overwrite",
+    "batch_norm_add_relu_backward": "(dy, x, y, gamma, mean, inv_std, overwrite=False) -> dx, dresidual, dgamma, "
+    "dbeta; dresidual may lie over dy if overwrite",
     "batch_norm_add_relu_inference": "(x, residual, gamma, beta, mean, var, eps) -> y",
 }

@@ -20,12 +20,12 @@ class Sum(Function):
     fresh_gradients = True
 
     def forward(self, x, axes, keepdims):
-        self.saved = x.shape, axes
+        self.saved = x.shape, axes, keepdims
         return self.kernels.sum(x, axes, keepdims)
 
     def backward(self, dy):
-        shape, axes = self.saved
-        return self.kernels.broadcast_to(dy.reshape(_kept(shape, axes)), shape)
+        shape, axes, keepdims = self.saved
+        return self.kernels.broadcast_to(dy if keepdims else dy.reshape(_kept(shape, axes)), shape)
 
 
 class Mean(Function):
