@@ -55,12 +55,13 @@ std::size_t in_front(std::size_t bytes) { return bytes >= HUGE_PAGE ? HUGE_PAGE 
 
 void* new_block(std::size_t bytes) {
   const std::size_t front = in_front(bytes);
-  char* const raw = static_cast<char*>(std::aligned_alloc(front == HUGE_PAGE ? HUGE_PAGE : ALIGNMENT, front + bytes));
-  if (!raw) return nullptr;
+  void* raw = nullptr;
+  if (posix_memalign(&raw, front == HUGE_PAGE ? HUGE_PAGE : ALIGNMENT, front + bytes)) return nullptr;
+  char* const block = static_cast<char*>(raw) + front;
 #ifdef MADV_HUGEPAGE
-  if (front == HUGE_PAGE) madvise(raw + front, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);  // only a wish
+  if (front == HUGE_PAGE) madvise(block, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);  // only a wish
 #endif
-  return raw + front;
+  return block;
 }
 
 void free_block(void* block, std::size_t bytes) { std::free(static_cast<char*>(block) - in_front(bytes)); }
