@@ -26,7 +26,6 @@ NAMES = {
     "torch_compile": "PyTorch compile",
 }
 RIVALS = {"eager": "torch_eager", "compile": "torch_compile", "ours_direct": "ours_direct"}  # ratio_... in the files
-IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 IN_README = ("train_run", "train_step")
 
 
@@ -101,7 +100,7 @@ def steps(results):
     def order(result):
         depth = int(network(result).removeprefix("ResNet-"))
         isa = result["machine"]["isa"] or ""
-        return result.get("inference", False), result.get("model", "") in IMAGENET, depth, isa, result["batch_size"]
+        return result.get("inference", False), depth, isa, result["batch_size"]
 
     rows = []
     for result in sorted(results, key=order):
@@ -119,7 +118,7 @@ def steps(results):
                 " to ".join(f"{mib:,}" for mib in sorted({peak_mib(row) for row in theirs})) + " MiB",
             ]
         )
-    head = ["float32", "tinyres, ms", "images/s", *(f"{NAMES[f'{name}']}" for name in RIVALS.values())]
+    head = ["float32", "tinyres, ms", "images/s", *(NAMES[name] for name in RIVALS.values())]
     head += ["memory, tinyres", "memory, PyTorch"]
     commits = ", ".join(sorted({result["commit"] for result in results}))
     dates = sorted(result["date"] for result in results)

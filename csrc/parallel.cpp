@@ -1,6 +1,6 @@
 // A caller publishes a job, its chunks dealt out in equal shares: thread i gets the i-th part of them in every job.
-// What it wrote in one kernel is so in its own core's cache when the next one reads it, which took an eighth off a
-// training step. A thread that has finished its share helps with the others.
+// What it wrote in one kernel is so in its own core's cache when the next one reads it, which took 7 % off a training
+// step. A thread that has finished its share helps with the others.
 //
 // Picking a chunk is one compare-and-swap on the share's state, which carries the job's generation and the number of
 // chunks left: a worker that comes late, or was suspended between looking and picking, finds none left or fails that
@@ -39,8 +39,8 @@ constexpr std::chrono::microseconds SPIN{50};
 std::vector<int> available_cpus() {
   std::vector<int> result;
 #ifdef __linux__
-  for (int cpus = 1024; cpus <= 1 << 20 && result.empty();
-       cpus *= 2) {  // the kernel refuses a set smaller than its own
+  // The kernel refuses a set smaller than its own.
+  for (int cpus = 1024; cpus <= 1 << 20 && result.empty(); cpus *= 2) {
     cpu_set_t* set = CPU_ALLOC(cpus);
     const std::size_t bytes = CPU_ALLOC_SIZE(cpus);
     if (set && sched_getaffinity(0, bytes, set) == 0) {

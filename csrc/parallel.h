@@ -1,5 +1,5 @@
-// The thread pool behind one function. Chunks are fixed by the caller from the shape alone and picked up
-// dynamically by whichever thread is free, so results never depend on the number of threads.
+// The thread pool behind one function. Chunks are fixed by the caller from the shape alone, and any thread may run any
+// of them, so results never depend on the number of threads.
 #pragma once
 
 #include "kernels.h"

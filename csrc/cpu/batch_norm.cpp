@@ -165,7 +165,7 @@ void batch_norm_forward(T* y, T* mean, T* inv_std, T* running_mean, T* running_v
   normalise(y, x, mean, scale.get(), beta, residual, relu, M, C);
 }
 
-// Where ReLU let nothing through: (channels, at, v, x - mean) -> what was in front of it, or something of its sign.
+// Where a gradient passes the ReLU: (channels, at, v, x - mean) -> a value that is positive there.
 template <class T>
 struct Everywhere {  // no ReLU
   static constexpr bool MASKS = false;

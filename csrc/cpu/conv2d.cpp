@@ -80,7 +80,8 @@ template <class T>
 void naive_backward_input(T* dx, const T* dy, const T* w, const Window& s, bool add) {
   parallel_for(s.N, [&](i64 n) {
     T* image = dx + n * s.H * s.W * s.C;
-    for (i64 i = 0; i < s.H * s.W * s.C && !add; i++) image[i] = 0;
+    if (!add)
+      for (i64 i = 0; i < s.H * s.W * s.C; i++) image[i] = 0;
     for (i64 p = 0; p < s.P; p++) {
       for (i64 q = 0; q < s.Q; q++) {
         const T* gradient = dy + ((n * s.P + p) * s.Q + q) * s.K;

@@ -412,8 +412,7 @@ class Ahead {
 
 // Forward and input gradient -----------------------------------------------------------------------------------------
 
-// m(tile, k) = sum over c of v(tile, c) * u(c, k) for TILES x VECTORS sums in registers. 8 x 2 take 8 broadcasts and 2
-// loads for 16 multiply-adds.
+// m(tile, k) = sum over c of v(tile, c) * u(c, k) for TILES x VECTORS sums in registers.
 template <int TILES, int VECTORS>
 void multiply_tiles(float* m, i64 m_vector, const float* v, const float* u, i64 C) {
   V sum[TILES][VECTORS] = {};
