@@ -478,7 +478,7 @@ void conv2d_forward(const Array& y, const Array& x, const Array& w, Pair stride,
     const T* const wp = call.in<T>("w", w, {s.R, s.S, s.C, s.K});
     if (s.N == 0) return;
     const NoGil released;
-    kernels<T>().conv2d_forward(yp, xp, wp, s, chosen);
+    kernels<T>().conv2d_forward(yp, xp, wp, {}, s, chosen);
   });
 }
 
@@ -496,8 +496,7 @@ void conv2d_bias_forward(const Array& y, const Array& x, const Array& w, const A
     const T* const residual_p = call.in<T>("residual", residual, Shape(y));
     if (s.N == 0) return;
     const NoGil released;
-    kernels<T>().conv2d_forward(yp, xp, wp, s, chosen);
-    kernels<T>().add_bias(yp, bp, residual_p, relu, s.N * s.P * s.Q, s.K);
+    kernels<T>().conv2d_forward(yp, xp, wp, {bp, residual_p, relu}, s, chosen);
   });
 }
 

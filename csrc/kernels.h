@@ -36,6 +36,15 @@ struct Strided {
   i64 y[MAX_RANK], a[MAX_RANK], b[MAX_RANK];
 };
 
+// What becomes of a convolution's sums: y = relu(sum + bias + residual), each of the three where it is given. bias is
+// (K), residual like y, or y itself.
+template <class T>
+struct Epilogue {
+  const T* bias;
+  const T* residual;
+  bool relu;
+};
+
 // One matrix of a batch: element (i, j) lies at i * row + j * column.
 struct MatrixView {
   i64 row, column;
@@ -73,8 +82,6 @@ struct Kernels {
   // Both gradients in the broadcast shape n. A tie of maximum gives each side half; 0**0 counts as constant in b.
   void (*maximum_backward)(T* da, T* db, const T* dy, const T* a, const T* b, i64 n);
   void (*pow_backward)(T* da, T* db, const T* dy, const T* a, const T* b, const T* y, i64 n);
-  // What follows a convolution, on its result y (M, C), updated: plus b, plus residual if given, through ReLU if asked.
-  void (*add_bias)(T* y, const T* b, const T* residual, bool relu, i64 M, i64 C);
   void (*dropout)(T* y, const T* x, i64 n, double p, RandomKey key);  // y = x / (1 - p) or 0; backward: same on dy
   void (*copy)(T* y, const T* a, const Strided& s);                   // y[s.y] = a[s.a]
   void (*fill)(T* y, double value, i64 n);
@@ -91,7 +98,8 @@ struct Kernels {
                  i64 b_batch, MatrixView b_view);
 
   // conv2d.cpp -----------------------------------------------------------------------------------------------
-  void (*conv2d_forward)(T* y, const T* x, const T* w, const Window& s, ConvAlgorithm algorithm);
+  void (*conv2d_forward)(T* y, const T* x, const T* w, const Epilogue<T>& epilogue, const Window& s,
+                         ConvAlgorithm algorithm);
   // Writes dx, or adds to what it holds.
   void (*conv2d_backward_input)(T* dx, const T* dy, const T* w, const Window& s, ConvAlgorithm algorithm, bool add);
   void (*conv2d_backward_weight)(Wide<T>* dw, const T* dy, const T* x, const Window& s, ConvAlgorithm algorithm);

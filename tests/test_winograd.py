@@ -173,16 +173,18 @@ def test_nan_stays_visible():
 @pytest.mark.parametrize(
     "g, chosen",
     [
-        (geometry(2, 16, 16, 16, 16), True),  # 32 tiles
-        (geometry(2, 12, 16, 16, 16), False),  # 24 tiles: transforming the weights does not pay
-        (geometry(2, 16, 16, 15, 16), False),  # less than a block of channels
-        (geometry(2, 16, 16, 16, 15), False),  # or of filters
-        (geometry(40, 3, 3, 16, 16), True),  # 9 of 16 outputs lie in the image
-        (geometry(40, 2, 2, 16, 16), False),  # 4 of 16
-        (Geometry(2, 16, 16, 16, 16, 3, 3, (2, 2), (1, 1)), False),
-        (Geometry(2, 16, 16, 16, 16, 3, 3, (1, 2), (1, 1)), False),
-        (Geometry(2, 16, 16, 16, 16, 1, 3, padding=(0, 1)), False),
-        (Geometry(2, 16, 16, 16, 16, 5, 5, padding=(2, 2)), False),
+        (geometry(1, 16, 16, 64, 64), True),  # 16 tiles
+        (geometry(1, 12, 16, 80, 80), False),  # 12 tiles: transforming the weights does not pay
+        (geometry(16, 16, 16, 16, 16), True),  # 256 tiles of 16 x 16 channels
+        (geometry(15, 16, 16, 16, 16), False),  # too little work
+        (geometry(20, 16, 16, 15, 16), False),  # less than a block of channels
+        (geometry(20, 16, 16, 16, 15), False),  # or of filters
+        (geometry(300, 3, 3, 16, 16), True),  # 9 of 16 outputs lie in the image
+        (geometry(300, 2, 2, 16, 16), False),  # 4 of 16
+        (Geometry(16, 16, 16, 16, 16, 3, 3, (2, 2), (1, 1)), False),
+        (Geometry(16, 16, 16, 16, 16, 3, 3, (1, 2), (1, 1)), False),
+        (Geometry(16, 16, 16, 16, 16, 1, 3, padding=(0, 1)), False),
+        (Geometry(16, 16, 16, 16, 16, 5, 5, padding=(2, 2)), False),
     ],
     ids=str,
 )
@@ -243,7 +245,7 @@ int main(int, char** argv) {
   const Scratch<float> x(xs), w(ws), dy(ys), y(ys), dx(xs), dw(ws);
   if (std::fread(x.get(), 4, xs, stdin) + std::fread(w.get(), 4, ws, stdin) + std::fread(dy.get(), 4, ys, stdin) == 0)
     return 1;
-  TINYRES_TARGET::winograd_forward(y.get(), x.get(), w.get(), s);
+  TINYRES_TARGET::winograd_forward(y.get(), x.get(), w.get(), {}, s);
   TINYRES_TARGET::winograd_backward_input(dx.get(), dy.get(), w.get(), s, false);
   TINYRES_TARGET::winograd_backward_weight(dw.get(), dy.get(), x.get(), s);
   std::fwrite(y.get(), 4, ys, stdout), std::fwrite(dx.get(), 4, xs, stdout), std::fwrite(dw.get(), 4, ws, stdout);

@@ -31,6 +31,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _no_grad_depth = ContextVar("tinyres.no_grad_depth", default=0)
+_orders = itertools.count(0, -1)  # of nodes by age
 
 
 class no_grad:
@@ -310,7 +311,6 @@ class Function:
     outputs: tuple | None = None  # (shape, dtype) of each, where there are several
     hooks: dict[int, dict] = {}  # by slot of the output
     swept = False
-    _orders = itertools.count(0, -1)
 
     def forward(self, *arrays: Any, **attributes: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
@@ -325,23 +325,28 @@ class Function:
         Returns a Tensor; a tuple of them where forward returns a tuple.
         """
         device: Any = None
-        needs_grad = False
+        arrays: list[Any] = []
+        needs: list[bool] = []
         for x in inputs:
             if isinstance(x, Tensor):
                 if x.device is not device:
                     if device is not None:
                         fail(cls.__name__, "tensors must be on one device", DeviceError, devices=(device, x.device))
                     device = x.device
-                needs_grad = needs_grad or x.requires_grad
-            elif x is not None:
+                arrays.append(x._data)
+                needs.append(x.requires_grad)
+            elif x is None:
+                arrays.append(None)
+                needs.append(False)
+            else:
                 raise DtypeError(f"[{cls.__name__}] inputs must be Tensors or None; got {type(x).__name__}")
         if device is None:
             fail(cls.__name__, "at least one input must be a Tensor", DtypeError)
-        needs_grad = needs_grad and _no_grad_depth.get() == 0
+        needs_grad = True in needs and _no_grad_depth.get() == 0
         node = cls()
         node.device, node.kernels = device, device.kernels
-        node.needs = tuple([needs_grad and x is not None and x.requires_grad for x in inputs])
-        out = node.forward(*[None if x is None else x._data for x in inputs], **attributes)
+        node.needs = tuple(needs) if needs_grad else (False,) * len(needs)
+        out = node.forward(*arrays, **attributes)
         if not isinstance(out, tuple):
             result = _result(cls, device, out, needs_grad)
             if needs_grad:
@@ -359,11 +364,10 @@ class Function:
     def _record(self, inputs):
         # A parent is (node, slot) of the op that made an input, or (leaf tensor, 0): holding nodes rather than
         # tensors lets go of activations that no backward needs.
-        self.order = next(Function._orders)
-        self.parents = [
-            ((x._node or x, x._slot), x._data.shape, x._data.dtype) if needed else None
-            for x, needed in zip(inputs, self.needs, strict=True)
-        ]
+        self.order = next(_orders)
+        self.parents = parents = []
+        for x, needed in zip(inputs, self.needs, strict=True):
+            parents.append(((x._node or x, x._slot), x._data.shape, x._data.dtype) if needed else None)
 
 
 def _result(function, device, y, requires_grad):

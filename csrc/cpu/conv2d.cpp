@@ -7,7 +7,7 @@
 //   - an image is first copied into a zero-bordered scratch in blocks of channels (Blocks), so that the inner loops
 //     know no borders, and pixels lie a constant distance apart whatever the stride; windows of a single pixel without
 //     borders need no copy, their convolution is a product of matrices;
-//   - weights are packed in the exact order in which they are read;
+//   - weights are packed in the exact order in which they are read, unless there is too little work to pay for that;
 //   - a tile of pixels times a few vectors of filters stays in registers while all taps and channels are summed.
 // One driver, correlate, serves forward and the input gradient; the weight gradient is a sum of outer products.
 //
@@ -34,6 +34,10 @@ constexpr int FILTER_VECTORS = 2;
 // Up to so many channels, the weight gradient takes a row of a window as one tap.
 constexpr i64 FEW_CHANNELS = 4;
 
+// A convolution of few filters and multiply-adds, as at batch 1, reads the weights where they lie: packing them, and
+// passing what one core packed to the others, took longer than the sums.
+constexpr i64 UNPACKED_FILTERS = 64, UNPACKED_WORK = 1 << 25;
+
 // Work is cut so that no machine of usual size idles at batch 1 and a scratch image stays in the L2 cache. Tasks that
 // share an image's filters do FILTERS at least, to be worth a copy of the image each.
 constexpr i64 TASKS = 16, FILTERS = 64, SCRATCH_BYTES = 512 << 10, PARTIAL_BYTES = 64 << 20;
@@ -54,12 +58,21 @@ inline Range inside(i64 outputs, i64 tap, i64 stride, i64 pad, i64 size) {
 
 // naive ------------------------------------------------------------------------------------------------------------
 
+// The output of filter k at element `place` of y.
 template <class T>
-void naive_forward(T* y, const T* x, const T* w, const Window& s) {
+inline T finish(T sum, const Epilogue<T>& epilogue, i64 place, i64 k) {
+  if (epilogue.bias) sum += epilogue.bias[k];
+  if (epilogue.residual) sum += epilogue.residual[place];
+  return epilogue.relu && T(0) > sum ? T(0) : sum;
+}
+
+template <class T>
+void naive_forward(T* y, const T* x, const T* w, const Epilogue<T>& epilogue, const Window& s) {
   parallel_for(s.N * s.P, [&](i64 row) {
     const i64 n = row / s.P, p = row % s.P;
     for (i64 q = 0; q < s.Q; q++) {
-      T* out = y + (row * s.Q + q) * s.K;
+      const i64 pixel = row * s.Q + q;
+      T* out = y + pixel * s.K;
       for (i64 k = 0; k < s.K; k++) out[k] = 0;
       for (i64 r = 0; r < s.R; r++) {
         for (i64 u = 0; u < s.S; u++) {
@@ -71,6 +84,7 @@ void naive_forward(T* y, const T* x, const T* w, const Window& s) {
             for (i64 k = 0; k < s.K; k++) out[k] += in[c] * tap[c * s.K + k];
         }
       }
+      for (i64 k = 0; k < s.K; k++) out[k] = finish(out[k], epilogue, pixel * s.K + k, k);
     }
   });
 }
@@ -189,12 +203,12 @@ struct Correlation {
   const T* w;
   i64 w_r, w_s, w_c, w_k;                    // w(r, s, c, k) is w[r * w_r + s * w_s + c * w_c + k * w_k]
   T* y;                                      // that of p = 0, q = 0 in the first image
-  bool add;                                  // to what y holds
+  Epilogue<T> epilogue;                      // its residual, too, as of that place
   i64 begin, end, columns, y_row, y_column;  // begin <= p < end, q < columns
   bool direct;                               // x is read where it lies: one tap, and no borders
   Blocks x;                                  // or else in blocks, of which q = 0 in the first row meets x_first
   i64 x_first, x_row, x_column;              // x_row and x_column: from one output to the next
-  T* packed;                                 // packed_size() elements
+  T* packed;                                 // packed_size() elements, or null: w is read where it lies
   Taps* taps;                                // R * S at most
   i64 groups;
 
@@ -239,17 +253,18 @@ void pack(const Correlation<T>& o, i64 k0) {
 }
 
 // Adds TAPS neighbouring taps of a channel block to the sums of PIXELS neighbouring outputs times VECTORS vectors of
-// filters; returns the weights that follow. The weights of a channel are loaded once, and each pixel is broadcast once
+// filters. The weights of a channel are loaded once, and each pixel is broadcast once
 // for all the outputs that it meets: with 3 taps 18 broadcasts and 3 loads serve 48 multiply-adds, where one tap at
 // a time needs 17 loads for 16 and waits for the load ports.
 template <class T, int TAPS, int PIXELS, int VECTORS>
-inline const T* add_taps(Vec<T> (&sum)[PIXELS][VECTORS], const T* pixel, i64 column, const T* w, i64 channels) {
-  for (i64 c = 0; c < channels; c++, pixel++, w += TAPS * VECTORS * LANES<T>) {
+inline void add_taps(Vec<T> (&sum)[PIXELS][VECTORS], const T* pixel, i64 column, const T* w, i64 tap, i64 channel,
+                     i64 channels) {
+  for (i64 c = 0; c < channels; c++, pixel++, w += channel) {
     Vec<T> weights[TAPS][VECTORS];
 #pragma GCC unroll 3
     for (int t = 0; t < TAPS; t++)
 #pragma GCC unroll 2
-      for (int v = 0; v < VECTORS; v++) weights[t][v] = load(w + (t * VECTORS + v) * LANES<T>);
+      for (int v = 0; v < VECTORS; v++) weights[t][v] = load(w + t * tap + v * LANES<T>);
 #pragma GCC unroll 32
     for (int i = 0; i < PIXELS + TAPS - 1; i++) {
       const T value = pixel[i * column];
@@ -260,39 +275,57 @@ inline const T* add_taps(Vec<T> (&sum)[PIXELS][VECTORS], const T* pixel, i64 col
           for (int v = 0; v < VECTORS; v++) sum[i - t][v] += value * weights[t][v];
     }
   }
-  return w;
 }
 
 // One tile of outputs: all taps and channels, the sums in registers. Not inline, for then they would not all be.
 template <class T, int PIXELS, int VECTORS>
-__attribute__((noinline)) void correlate_tile(T* y, i64 filters, const T* x, const T* w, const Correlation<T>& o) {
+__attribute__((noinline)) void correlate_tile(T* y, i64 k0, const T* x, const T* w, const Correlation<T>& o) {
+  constexpr i64 WIDTH = VECTORS * LANES<T>;
   Vec<T> sum[PIXELS][VECTORS] = {};
   if (o.direct) {
     // With few filters most tiles meet their pixels for the first time, and ask for those of the next tile meanwhile.
-    const i64 step = o.K > FILTERS ? o.C : BLOCK;
+    const i64 step = o.K > FILTERS ? o.C : BLOCK, channel = o.packed ? WIDTH : o.w_c;
     for (i64 c = 0; c < o.C && o.groups > 0; c += step) {
       for (int i = 0; i < PIXELS && step == BLOCK; i++) __builtin_prefetch(x + (i + PIXELS) * o.x_column + c);
-      w = add_taps<T, 1>(sum, x + c, o.x_column, w, least(step, o.C - c));
+      add_taps<T, 1>(sum, x + c, o.x_column, w + c * channel, 0, channel, least(step, o.C - c));
     }
   } else {
+    const T* packed = w;
     for (i64 c = 0; c < o.C; c += BLOCK, x += o.x.block()) {
       const i64 channels = least(BLOCK, o.C - c);
       for (const Taps* taps = o.taps; taps < o.taps + o.groups; taps++) {
+        const i64 tap = o.packed ? WIDTH : o.x.stride * o.w_s, channel = o.packed ? taps->count * WIDTH : o.w_c;
+        const T* const weights = o.packed ? packed : w + taps->w + c * channel;
+        packed += channels * taps->count * WIDTH;
         if (taps->count == 3)
-          w = add_taps<T, 3>(sum, x + taps->x, BLOCK, w, channels);
+          add_taps<T, 3>(sum, x + taps->x, BLOCK, weights, tap, channel, channels);
         else if (taps->count == 2)
-          w = add_taps<T, 2>(sum, x + taps->x, BLOCK, w, channels);
+          add_taps<T, 2>(sum, x + taps->x, BLOCK, weights, tap, channel, channels);
         else
-          w = add_taps<T, 1>(sum, x + taps->x, BLOCK, w, channels);
+          add_taps<T, 1>(sum, x + taps->x, BLOCK, weights, tap, channel, channels);
       }
     }
   }
-  if (filters == VECTORS * LANES<T>) {
-    if (o.add) {
+  const Epilogue<T>& epilogue = o.epilogue;
+  const i64 place = y - o.y;
+  if (o.K - k0 >= VECTORS * LANES<T>) {
+    if (epilogue.bias) {
 #pragma GCC unroll 32
       for (int i = 0; i < PIXELS; i++)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v++) sum[i][v] += load(y + i * o.y_column + v * LANES<T>);
+        for (int v = 0; v < VECTORS; v++) sum[i][v] += load(epilogue.bias + k0 + v * LANES<T>);
+    }
+    if (epilogue.residual) {
+#pragma GCC unroll 32
+      for (int i = 0; i < PIXELS; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) sum[i][v] += load(epilogue.residual + place + i * o.y_column + v * LANES<T>);
+    }
+    if (epilogue.relu) {
+#pragma GCC unroll 32
+      for (int i = 0; i < PIXELS; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v++) sum[i][v] = larger<T>(Vec<T>{}, sum[i][v]);
     }
 #pragma GCC unroll 32
     for (int i = 0; i < PIXELS; i++)
@@ -303,17 +336,18 @@ __attribute__((noinline)) void correlate_tile(T* y, i64 filters, const T* x, con
     T tile[PIXELS][VECTORS * LANES<T>];
     __builtin_memcpy(tile, sum, sizeof tile);
     for (int i = 0; i < PIXELS; i++)
-      for (i64 k = 0; k < filters; k++) y[i * o.y_column + k] = tile[i][k] + (o.add ? y[i * o.y_column + k] : T(0));
+      for (i64 k = 0; k < o.K - k0; k++)
+        y[i * o.y_column + k] = finish(tile[i][k], epilogue, place + i * o.y_column + k, k0 + k);
   }
 }
 
 // The tile of `pixels` <= PIXELS outputs.
 template <class T, int PIXELS, int VECTORS>
-inline void tile_of(i64 pixels, T* y, i64 filters, const T* x, const T* w, const Correlation<T>& o) {
+inline void tile_of(i64 pixels, T* y, i64 k0, const T* x, const T* w, const Correlation<T>& o) {
   if constexpr (PIXELS > 1) {
-    if (pixels < PIXELS) return tile_of<T, PIXELS - 1, VECTORS>(pixels, y, filters, x, w, o);
+    if (pixels < PIXELS) return tile_of<T, PIXELS - 1, VECTORS>(pixels, y, k0, x, w, o);
   }
-  correlate_tile<T, PIXELS, VECTORS>(y, filters, x, w, o);
+  correlate_tile<T, PIXELS, VECTORS>(y, k0, x, w, o);
 }
 
 // The outputs of the group of filters from k0 in `rows` rows, each in as few tiles as will do, all of about one size.
@@ -321,13 +355,13 @@ template <class T, int VECTORS>
 void correlate_group(T* y, i64 rows, i64 k0, const T* x, const Correlation<T>& o) {
   constexpr i64 PIXELS = TILE / VECTORS;
   if (o.columns <= 0) return;  // a class of pixels that a narrow image does not have
-  const T* const w = o.packed + k0 * o.R * o.S * o.C;
-  const i64 filters = least(VECTORS * LANES<T>, o.K - k0), tiles = ceil_div(o.columns, PIXELS);
+  const T* const w = o.packed ? o.packed + k0 * o.R * o.S * o.C : o.w + k0;
+  const i64 tiles = ceil_div(o.columns, PIXELS);
   const i64 pixels = o.columns / tiles, larger = o.columns % tiles;  // the first tiles have one pixel more
   for (i64 p = 0; p < rows; p++, x += o.x_row) {
     for (i64 tile = 0, q = 0; tile < tiles; tile++) {
       const i64 count = pixels + (tile < larger);
-      tile_of<T, PIXELS, VECTORS>(count, y + p * o.y_row + q * o.y_column + k0, filters, x + q * o.x_column, w, o);
+      tile_of<T, PIXELS, VECTORS>(count, y + p * o.y_row + q * o.y_column + k0, k0, x + q * o.x_column, w, o);
       q += count;
     }
   }
@@ -365,9 +399,10 @@ template <class T>
 void correlate(const Correlation<T>* all, i64 count, const Images<T>& s, const Cut& cut) {
   const i64 K = all->K, stride_h = all->stride_h;
   const Blocks& blocks = all->x;
-  parallel_for(ceil_div(K, GROUP<T>), [&](i64 group) {
-    for (i64 i = 0; i < count; i++) pack(all[i], group * GROUP<T>);
-  });
+  if (all->packed)
+    parallel_for(ceil_div(K, GROUP<T>), [&](i64 group) {
+      for (i64 i = 0; i < count; i++) pack(all[i], group * GROUP<T>);
+    });
   parallel_for(cut.sets * cut.bands * cut.parts, [&](i64 task) {
     const i64 part = task % cut.parts, band = task / cut.parts % cut.bands, set = task / cut.parts / cut.bands;
     const i64 p0 = s.begin + band * cut.rows, p1 = least(p0 + cut.rows, s.end);
@@ -424,26 +459,29 @@ View<T> view_of(const T* x, const Window& s, bool runs) {
 
 // y from x where w(r, s, c, k) is w[r * w_r + s * w_s + c * w_c + k * w_k].
 template <class T>
-void correlate_images(T* y, bool add, const T* x, const T* w, i64 w_r, i64 w_s, i64 w_c, i64 w_k, const Window& s) {
+void correlate_images(T* y, const T* x, const T* w, i64 w_r, i64 w_s, i64 w_c, i64 w_k, const Epilogue<T>& epilogue,
+                      const Window& s) {
   const View<T> v = view_of(x, s, s.S == 1);
   const Cut cut = cut_work<T>(v.N, v.P, s.K, v.blocks(v.P, s.R).size(), s.R * s.S * s.C * s.K);
   Scratch<Taps> taps(s.R * s.S);
   Correlation<T> o{};
   o.R = s.R, o.S = s.S, o.C = s.C, o.K = s.K, o.stride_h = v.stride_h;
   o.w = w, o.w_r = w_r, o.w_s = w_s, o.w_c = w_c, o.w_k = w_k;
-  o.y = y, o.add = add, o.begin = 0, o.end = v.P, o.columns = v.Q, o.y_row = v.Q * s.K, o.y_column = s.K;
+  o.y = y, o.epilogue = epilogue, o.begin = 0, o.end = v.P, o.columns = v.Q, o.y_row = v.Q * s.K, o.y_column = s.K;
   o.direct = s.R == 1 && s.S == 1 && s.pad_h == 0 && s.pad_w == 0;
   o.x = v.blocks(cut.rows, s.R);
   o.x_row = o.direct ? v.x.row : v.stride_h * o.x.row(), o.x_column = o.direct ? v.x.pixel : BLOCK;
-  Scratch<T> packed(o.packed_size());
-  o.packed = packed.get(), o.taps = taps.get();
+  const bool as_they_lie = w_k == 1 && s.K % LANES<T> == 0 && s.K <= UNPACKED_FILTERS &&
+                           s.N * s.P * s.Q * s.R * s.S * s.C * s.K <= UNPACKED_WORK;
+  Scratch<T> packed(as_they_lie ? 0 : o.packed_size());
+  o.packed = as_they_lie ? nullptr : packed.get(), o.taps = taps.get();
   list_taps(o);
   correlate(&o, 1, {v.N, 0, v.P, v.x, v.x_image, v.P * v.Q * s.K, -s.pad_h, -s.pad_w * s.C}, cut);
 }
 
 template <class T>
-void direct_forward(T* y, const T* x, const T* w, const Window& s) {
-  correlate_images(y, false, x, w, s.S * s.C * s.K, s.C * s.K, s.K, i64(1), s);
+void direct_forward(T* y, const T* x, const T* w, const Epilogue<T>& epilogue, const Window& s) {
+  correlate_images(y, x, w, s.S * s.C * s.K, s.C * s.K, s.K, i64(1), epilogue, s);
 }
 
 // Input gradient. x[h] met w[r] in y[p] where p * stride + r = h + pad. Write h + pad = stride * i + a and
@@ -463,10 +501,12 @@ inline Class class_of(i64 a, i64 size, i64 window, i64 stride, i64 pad) {
 
 template <class T>
 void direct_backward_input(T* dx, const T* dy, const T* w, const Window& s, bool add) {
+  const auto epilogue = [add](T* y) { return Epilogue<T>{nullptr, add ? y : nullptr, false}; };
   const i64 w_r = -s.stride_h * s.S * s.C * s.K, w_s = -s.stride_w * s.C * s.K;
   if (s.stride_h == 1 && s.stride_w == 1) {
     const Window mirrored{s.N, s.P, s.Q, s.K, s.C, s.R, s.S, s.H, s.W, 1, 1, s.R - 1 - s.pad_h, s.S - 1 - s.pad_w};
-    return correlate_images(dx, add, dy, w + (s.R * s.S - 1) * s.C * s.K, w_r, w_s, i64(1), s.K, mirrored);
+    const T* const last = w + (s.R * s.S - 1) * s.C * s.K;
+    return correlate_images(dx, dy, last, w_r, w_s, i64(1), s.K, epilogue(dx), mirrored);
   }
   // dy[i - j] over all classes: i from first to last, j below the taps of class 0, which has most.
   const i64 taps_h = ceil_div(s.R, s.stride_h), first_h = s.pad_h / s.stride_h,
@@ -493,7 +533,7 @@ void direct_backward_input(T* dx, const T* dy, const T* w, const Window& s, bool
       *o = {};
       o->R = h.taps, o->S = v.taps, o->C = s.K, o->K = s.C, o->stride_h = 1;
       o->w = last, o->w_r = w_r, o->w_s = w_s, o->w_c = 1, o->w_k = s.K;
-      o->y = y, o->add = add, o->begin = h.begin, o->end = h.end, o->columns = v.end - v.begin;
+      o->y = y, o->epilogue = epilogue(y), o->begin = h.begin, o->end = h.end, o->columns = v.end - v.begin;
       o->y_row = s.stride_h * s.W * s.C, o->y_column = s.stride_w * s.C;
       o->direct = s.R == 1 && s.S == 1 && s.pad_h == 0 && s.pad_w == 0;
       o->x = blocks, o->x_first = blocks.offset(taps_h - h.taps, v.begin - first_w + taps_w - v.taps);
@@ -697,13 +737,14 @@ template <class T>
 constexpr bool FLOAT = sizeof(T) == sizeof(float);
 
 template <class T>
-void conv2d_forward(T* y, const T* x, const T* w, const Window& s, ConvAlgorithm algorithm) {
+void conv2d_forward(T* y, const T* x, const T* w, const Epilogue<T>& epilogue, const Window& s,
+                    ConvAlgorithm algorithm) {
   if constexpr (FLOAT<T>)
-    if (use_winograd(s, algorithm)) return winograd_forward(y, x, w, s);
+    if (use_winograd(s, algorithm)) return winograd_forward(y, x, w, epilogue, s);
   if (algorithm == ConvAlgorithm::naive)
-    naive_forward(y, x, w, s);
+    naive_forward(y, x, w, epilogue, s);
   else
-    direct_forward(y, x, w, s);
+    direct_forward(y, x, w, epilogue, s);
 }
 
 template <class T>

@@ -80,21 +80,6 @@ void add_relu(T* y, const T* a, const T* b, i64 n) {
 }
 
 template <class T>
-void add_bias(T* y, const T* b, const T* residual, bool relu, i64 M, i64 C) {
-  parallel_ranges(M, items_per_part(C), [&](i64 begin, i64 end) {
-    for (i64 row = begin; row < end; row++) {
-      for_vectors<T>(C, [&](i64 c, i64 lanes) {
-        T* const p = y + row * C + c;
-        Vec<T> value = load_first(p, lanes) + load_first(b + c, lanes);
-        if (residual) value += load_first(residual + row * C + c, lanes);
-        if (relu) value = larger<T>(Vec<T>{}, value);
-        store_first(p, value, lanes);
-      });
-    }
-  });
-}
-
-template <class T>
 void maximum_backward(T* da, T* db, const T* dy, const T* a, const T* b, i64 n) {
   using V = Vec<T>;
   const auto share = [](V g, V mine, V other) { return mine > other ? g : (mine == other ? g * T(0.5) : V{}); };
@@ -224,7 +209,6 @@ void elementwise_kernels(Kernels<T>& table) {
   table.unary = unary<T>;
   table.unary_backward = unary_backward<T>;
   table.add_relu = add_relu<T>;
-  table.add_bias = add_bias<T>;
   table.maximum_backward = maximum_backward<T>;
   table.pow_backward = pow_backward<T>;
   table.dropout = dropout<T>;

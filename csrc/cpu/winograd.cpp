@@ -126,10 +126,10 @@ inline void weight_adjoint(V (&dw)[3], const V (&du)[IN]) {
   dw[2] = a2 * sum_a + b2 * sum_b + du[5];
 }
 
-// A transform along both axes of one vector of channels, columns first, then rows, written or (ADD) added to what is
-// there. Strides count elements.
-template <auto TRANSFORM, int TO, int FROM, bool ADD = false>
-inline void both_axes(float* to, i64 to_row, i64 to_column, const float* from, i64 from_row, i64 from_column) {
+// A transform along both axes of one vector of channels, columns first, then rows: write(element of `to`, value).
+// Strides count elements.
+template <auto TRANSFORM, int TO, int FROM, class Write>
+inline void both_axes(i64 to_row, i64 to_column, const float* from, i64 from_row, i64 from_column, const Write& write) {
   V half[TO][FROM];
 #pragma GCC unroll 6
   for (int j = 0; j < FROM; j++) {
@@ -145,10 +145,7 @@ inline void both_axes(float* to, i64 to_row, i64 to_column, const float* from, i
     V result[TO];
     TRANSFORM(result, half[i]);
 #pragma GCC unroll 6
-    for (int j = 0; j < TO; j++) {
-      float* const place = to + i * to_row + j * to_column;
-      store(place, ADD ? load(place) + result[j] : result[j]);
-    }
+    for (int j = 0; j < TO; j++) write(i * to_row + j * to_column, result[j]);
   }
 }
 
@@ -277,43 +274,54 @@ void transform_tiles(const Points& to, i64 place, const Images& s, const Grid& g
   });
 }
 
-template <bool ADD>
-__attribute__((noinline)) void write_tile(float* y, i64 row, i64 column, const float* from) {
-  both_axes<output_transform, OUT, IN, ADD>(y, row, column, from, IN * POINT, POINT);
-}
-
-// Outputs (N, P, Q, K), to be written or added to.
+// Outputs (N, P, Q, K).
 struct Outputs {
   float* y;
   i64 P, Q, K;
-  bool add;
+  Epilogue<float> epilogue;
 };
+
+// Writes one vector of a tile; SHIFT where there is a bias or a ReLU.
+template <bool SHIFT, bool RESIDUAL>
+__attribute__((noinline)) void write_tile(float* y, i64 row, i64 column, const float* from, const float* bias,
+                                          const float* residual, bool relu) {
+  const V shift = load(bias), floor = relu ? V{} : splat(-__builtin_inff());
+  both_axes<output_transform, OUT, IN>(row, column, from, IN * POINT, POINT, [&](i64 i, V value) {
+    if constexpr (SHIFT) value += shift;
+    if constexpr (RESIDUAL) value += load(residual + i);
+    store(y + i, SHIFT ? larger<float>(floor, value) : value);
+  });
+}
 
 // Transforms `from`, from place `place` on, back into tiles [first, last) of the outputs, leaving out what stands out
 // of the image.
 void write_tiles(const Outputs& s, const Points& from, i64 place, const Grid& grid, i64 first, i64 last) {
   const i64 P = s.P, Q = s.Q, K = s.K;
+  const Epilogue<float>& e = s.epilogue;
+  const bool shift = e.bias || e.relu;
+  const auto write = shift ? (e.residual ? write_tile<true, true> : write_tile<true, false>)
+                           : (e.residual ? write_tile<false, true> : write_tile<false, false>);
   for_rows(grid, first, last, [&](i64 tile, i64 count, i64 n, i64 p, i64 q) {
     for (i64 k = 0; k < K; k += LANE) {
-      float* out = s.y + ((n * P + p) * Q + q) * K + k;
-      for (i64 t = 0; t < count; t++, out += OUT * K) {
+      const i64 filters = least(LANE, K - k);
+      float bias[LANE] = {};
+      if (e.bias) store(bias, load_first(e.bias + k, filters));
+      i64 at = ((n * P + p) * Q + q) * K + k;
+      for (i64 t = 0; t < count; t++, at += OUT * K) {
         const float* in = from.at(k, place + tile - first + t);
         const i64 rows = least(OUT, P - p), columns = least(OUT, Q - q - t * OUT);
-        if (rows == OUT && columns == OUT && K - k >= LANE) {
-          if (s.add)
-            write_tile<true>(out, Q * K, K, in);
-          else
-            write_tile<false>(out, Q * K, K, in);
-        } else {
-          float results[OUT][OUT][LANE];
-          write_tile<false>(results[0][0], OUT * LANE, LANE, in);
-          for (i64 i = 0; i < rows; i++)
-            for (i64 j = 0; j < columns; j++) {
-              float* const pixel = out + (i * Q + j) * K;
-              const i64 count = least(LANE, K - k);
-              store_first(pixel, s.add ? load_first(pixel, count) + load(results[i][j]) : load(results[i][j]), count);
-            }
+        if (rows == OUT && columns == OUT && filters == LANE) {
+          write(s.y + at, Q * K, K, in, bias, e.residual ? e.residual + at : nullptr, e.relu);
+          continue;
         }
+        // By way of a tile of its own, whose residual is zero where there is none.
+        float results[OUT][OUT][LANE], residual[OUT][OUT][LANE] = {};
+        for (i64 i = 0; i < rows && e.residual; i++)
+          for (i64 j = 0; j < columns; j++)
+            store(residual[i][j], load_first(e.residual + at + (i * Q + j) * K, filters));
+        write(results[0][0], OUT * LANE, LANE, in, bias, residual[0][0], e.relu);
+        for (i64 i = 0; i < rows; i++)
+          for (i64 j = 0; j < columns; j++) store_first(s.y + at + (i * Q + j) * K, load(results[i][j]), filters);
       }
     }
   });
@@ -370,7 +378,8 @@ void transform_weights(const Weights& u, const float* w, i64 w_tap, i64 w_c, i64
       const Filters group = Filters::of(k0 + k, u.K);
       for (i64 c = 0; c < channels; c++) {
         float* to = u.data + group.first * u.C + (c0 + c) * group.count + (k0 + k - group.first);
-        both_axes<weight_transform, IN, 3>(to, IN * point, point, &copy[0][c][k], 3 * BLOCK * BLOCK, BLOCK * BLOCK);
+        both_axes<weight_transform, IN, 3>(IN * point, point, &copy[0][c][k], 3 * BLOCK * BLOCK, BLOCK * BLOCK,
+                                           [to](i64 i, V value) { store(to + i, value); });
       }
     }
   });
@@ -608,7 +617,8 @@ void write_weights(float* dw, i64 K, const WeightSums& du, i64 c) {
   for (i64 k = 0; k < K; k += LANE) {
     const float* from = du.data + c * padded(du.K) + k;
     float results[9][LANE];
-    both_axes<weight_adjoint, 3, IN>(results[0], 3 * LANE, LANE, from, IN * du.point(), du.point());
+    both_axes<weight_adjoint, 3, IN>(3 * LANE, LANE, from, IN * du.point(), du.point(),
+                                     [&](i64 i, V value) { store(results[0] + i, value); });
     for (i64 tap = 0; tap < 9; tap++)
       store_first(dw + (tap * du.C + c) * K + k, load(results[tap]), least(LANE, K - k));
   }
@@ -616,12 +626,12 @@ void write_weights(float* dw, i64 K, const WeightSums& du, i64 c) {
 
 }  // namespace
 
-void winograd_forward(float* y, const float* x, const float* w, const Window& s) {
+void winograd_forward(float* y, const float* x, const float* w, const Epilogue<float>& epilogue, const Window& s) {
   Weights u{nullptr, s.C, s.K};
   const Scratch<float> scratch(u.size());
   u.data = scratch.get();
   transform_weights(u, w, s.C * s.K, s.K, 1);
-  correlate({y, s.P, s.Q, s.K, false}, {x, s.H, s.W, s.C, s.pad_h, s.pad_w}, u, s.N);
+  correlate({y, s.P, s.Q, s.K, epilogue}, {x, s.H, s.W, s.C, s.pad_h, s.pad_w}, u, s.N);
 }
 
 // dx[h, w, c] = sum of dy[h + pad_h - r, w + pad_w - s, k] * w[r, s, c, k]: with r = 2 - i a correlation of dy with
@@ -631,7 +641,8 @@ void winograd_backward_input(float* dx, const float* dy, const float* w, const W
   const Scratch<float> scratch(u.size());
   u.data = scratch.get();
   transform_weights(u, w + 8 * s.C * s.K, -s.C * s.K, 1, s.K);
-  correlate({dx, s.H, s.W, s.C, add}, {dy, s.P, s.Q, s.K, 2 - s.pad_h, 2 - s.pad_w}, u, s.N);
+  correlate({dx, s.H, s.W, s.C, {nullptr, add ? dx : nullptr, false}}, {dy, s.P, s.Q, s.K, 2 - s.pad_h, 2 - s.pad_w}, u,
+            s.N);
 }
 
 void winograd_backward_weight(float* dw, const float* dy, const float* x, const Window& s) {
@@ -694,12 +705,15 @@ void winograd_backward_weight(float* dw, const float* dy, const float* x, const 
 
 // By itself the choice falls on Winograd where it was measured to be the faster one: not below a vector of channels or
 // filters (a block of 16 costs the same transforms as one), not where tiles are too few to pay for transforming the
-// weights, and not where more than half of what the tiles compute lies outside of the image.
+// weights or the whole is little work, and not where more than half of what the tiles compute lies outside of the
+// image.
+constexpr i64 LEAST_WORK = 1 << 16;
 bool use_winograd(const Window& s, ConvAlgorithm algorithm) {
   if (s.R != 3 || s.S != 3 || s.stride_h != 1 || s.stride_w != 1) return false;
   if (algorithm != ConvAlgorithm::automatic) return algorithm == ConvAlgorithm::winograd;
   const i64 tiles = Grid(s.N, s.P, s.Q).tiles();
-  return s.C >= BLOCK && s.K >= BLOCK && tiles >= 32 && 2 * s.N * s.P * s.Q >= OUT * OUT * tiles;
+  return s.C >= BLOCK && s.K >= BLOCK && tiles >= 16 && tiles * s.C * s.K >= LEAST_WORK &&
+         2 * s.N * s.P * s.Q >= OUT * OUT * tiles;
 }
 
 }  // namespace tinyres::TINYRES_TARGET

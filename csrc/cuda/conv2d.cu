@@ -49,8 +49,17 @@ __device__ inline bool within(int i, int size) { return unsigned(i) < unsigned(s
 
 // naive ------------------------------------------------------------------------------------------------------------
 
+// The output of filter k at element `place` of y.
 template <class T>
-__global__ void naive_forward(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ w, Shape s) {
+__device__ inline Wide<T> finish(Wide<T> sum, const Epilogue<T>& epilogue, i64 place, int k) {
+  if (epilogue.bias) sum += wide(epilogue.bias[k]);
+  if (epilogue.residual) sum += wide(epilogue.residual[place]);
+  return epilogue.relu && Wide<T>(0) > sum ? Wide<T>(0) : sum;
+}
+
+template <class T>
+__global__ void naive_forward(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ w, Epilogue<T> epilogue,
+                              Shape s) {
   const i64 i = i64(blockIdx.x) * NAIVE_THREADS + threadIdx.x;
   if (i >= i64(s.N) * s.P * s.Q * s.K) return;
   const int pixel = int(i / s.K), k = int(i % s.K);
@@ -65,7 +74,7 @@ __global__ void naive_forward(T* __restrict__ y, const T* __restrict__ x, const 
       for (int c = 0; c < s.C; c++) sum += wide(from[c]) * wide(tap[c * s.K]);
     }
   }
-  y[i] = narrow<T>(sum);
+  y[i] = narrow<T>(finish(sum, epilogue, i, k));
 }
 
 // x[h] met w[r] in y[p] where p * stride + r = h + pad: only where the stride divides h + pad - r.
@@ -345,7 +354,7 @@ class TapLoader {
 
 template <class T, int WIDTH, int VECTOR>
 __global__ void __launch_bounds__(THREADS<WIDTH>)
-    correlate(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ w, Shape s, bool backward, bool add) {
+    correlate(T* y, const T* __restrict__ x, const T* __restrict__ w, Epilogue<T> epilogue, Shape s, bool backward) {
   // Blocks that gather the same pixels follow each other: all columns, then all classes, of one tile of rows.
   const int columns = pieces(backward ? s.C : s.K, WIDTH), classes = backward ? s.stride_h * s.stride_w : 1;
   const int column0 = int(blockIdx.x) % columns * WIDTH, class_ = int(blockIdx.x) / columns % classes;
@@ -365,19 +374,18 @@ __global__ void __launch_bounds__(THREADS<WIDTH>)
   for (int i = 0; i < ROWS; i++) {
     if (output.high >= o.N) break;
     const int p = o.rows.begin + output.mid * o.rows.step, q = o.columns.begin + output.low * o.columns.step;
-    T* const place = y + (i64((output.high * o.P + p) * o.Q + q) * o.K + k);
-    if (add) {
+    const i64 place = i64((output.high * o.P + p) * o.Q + q) * o.K + k;
 #pragma unroll
-      for (int j = 0; j < COLUMNS; j++)
-        if (k + j < o.K) sum[i][j] += wide(place[j]);
-    }
-    store<VECTOR>(place, sum[i], o.K - k);
+    for (int j = 0; j < COLUMNS; j++)
+      if (k + j < o.K) sum[i][j] = finish(sum[i][j], epilogue, place + j, k + j);
+    store<VECTOR>(y + place, sum[i], o.K - k);
     output.advance({0, 0, 1}, o.rows.outputs, o.columns.outputs);
   }
 }
 
 template <class T>
-void launch_correlate(const char* op, T* y, const T* x, const T* w, const Shape& s, bool backward, bool add) {
+void launch_correlate(const char* op, T* y, const T* x, const T* w, const Epilogue<T>& epilogue, const Shape& s,
+                      bool backward) {
   const int C = backward ? s.K : s.C, K = backward ? s.C : s.K, width = tile_width(K);
   const bool quads = in_quads(x, C) && in_quads(y, K);
   const auto kernel = width == 64   ? (quads ? correlate<T, 64, 4> : correlate<T, 64, 1>)
@@ -387,20 +395,21 @@ void launch_correlate(const char* op, T* y, const T* x, const T* w, const Shape&
   const i64 classes = backward ? i64(s.stride_h) * s.stride_w : 1;
   const i64 blocks = ceil_div(rows, HEIGHT) * classes * pieces(K, width);
   launch(op, kernel, dim3(unsigned(blocks)), dim3(unsigned(HEIGHT * width / (ROWS * COLUMNS))), 0, current_stream(), y,
-         x, w, s, backward, add);
+         x, w, epilogue, s, backward);
 }
 
 template <class T>
-void conv2d_forward(T* y, const T* x, const T* w, const Window& window, ConvAlgorithm algorithm) {
+void conv2d_forward(T* y, const T* x, const T* w, const Epilogue<T>& epilogue, const Window& window,
+                    ConvAlgorithm algorithm) {
   const char* op = "conv2d_forward";
   const Shape s = shape_of(op, window);
   const i64 n = i64(s.N) * s.P * s.Q * s.K;
   if (n == 0) return;
   if (algorithm == ConvAlgorithm::naive)
     launch(op, naive_forward<T>, dim3(unsigned(ceil_div(n, NAIVE_THREADS))), dim3(NAIVE_THREADS), 0, current_stream(),
-           y, x, w, s);
+           y, x, w, epilogue, s);
   else
-    launch_correlate(op, y, x, w, s, false, false);
+    launch_correlate(op, y, x, w, epilogue, s, false);
 }
 
 template <class T>
@@ -413,7 +422,7 @@ void conv2d_backward_input(T* dx, const T* dy, const T* w, const Window& window,
     launch(op, naive_backward_input<T>, dim3(unsigned(ceil_div(n, NAIVE_THREADS))), dim3(NAIVE_THREADS), 0,
            current_stream(), dx, dy, w, s, add);
   else
-    launch_correlate(op, dx, dy, w, s, true, add);
+    launch_correlate(op, dx, dy, w, {nullptr, add ? dx : nullptr, false}, s, true);
 }
 
 // tiled: weight gradient --------------------------------------------------------------------------------------------

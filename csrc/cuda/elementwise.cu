@@ -345,20 +345,6 @@ void binary(Binary op, T* y, const T* a, const T* b, const Strided& s) {
   }
 }
 
-// Two passes where there is more to do than to add the bias; the second finds y in the cache if it fits.
-template <class T>
-void add_bias(T* y, const T* b, const T* residual, bool relu, i64 M, i64 C) {
-  if (M * C == 0) return;
-  binary(Binary::add, y, y, b, Strided{2, {M, C}, {C, 1}, {C, 1}, {0, 1}});
-  if (residual && relu) {
-    add_relu(y, y, residual, M * C);
-  } else if (residual) {
-    binary(Binary::add, y, y, residual, Strided{1, {M * C}, {1}, {1}, {1}});
-  } else if (relu) {
-    unary(Unary::relu, y, y, M * C);
-  }
-}
-
 // Not by way of numbers, so that the bits of a NaN are kept.
 template <class T>
 struct First {
@@ -380,7 +366,6 @@ void elementwise_kernels(Kernels<T>& table) {
   table.unary = unary<T>;
   table.unary_backward = unary_backward<T>;
   table.add_relu = add_relu<T>;
-  table.add_bias = add_bias<T>;
   table.maximum_backward = maximum_backward<T>;
   table.pow_backward = pow_backward<T>;
   table.dropout = dropout<T>;

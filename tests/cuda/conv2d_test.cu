@@ -82,7 +82,7 @@ void test_shape(const Kernels<T>& k, const Window& s, unsigned seed) {
     // Integers are exact in the sums; what is stored may be rounded once.
     const double ulps = !integers ? 64 : sizeof(T) == 2 ? 0.5 : 0, wide_ulps = integers ? 0 : 64;
     for (const auto algorithm : {ConvAlgorithm::naive, ConvAlgorithm::tiled}) {
-      check_run<T>(dy.size(), want.y, ulps, [&](T* y) { k.conv2d_forward(y, at, w.data(), s, algorithm); });
+      check_run<T>(dy.size(), want.y, ulps, [&](T* y) { k.conv2d_forward(y, at, w.data(), {}, s, algorithm); });
       check_run<T>(shifted.size(), want.dx, ulps,
                    [&](T* dx) { k.conv2d_backward_input(dx, dy.data(), w.data(), s, algorithm, false); });
       check_run<Wide<T>>(w.size(), want.dw, wide_ulps,
@@ -147,7 +147,7 @@ void test_not_finite(const Kernels<T>& k) {
   dy[((1 * 4 + 2) * 5 + 3) * 20 + 19] = rounded<T>(nan), dy[((0 * 4 + 1) * 5 + 1) * 20 + 3] = rounded<T>(-inf);
   const Sums want = sums_of(s, x, w, dy);
   for (const auto algorithm : {ConvAlgorithm::naive, ConvAlgorithm::tiled}) {
-    check_run<T>(dy.size(), want.y, 64, [&](T* y) { k.conv2d_forward(y, x.data(), w.data(), s, algorithm); });
+    check_run<T>(dy.size(), want.y, 64, [&](T* y) { k.conv2d_forward(y, x.data(), w.data(), {}, s, algorithm); });
     check_run<T>(x.size(), want.dx, 64,
                  [&](T* dx) { k.conv2d_backward_input(dx, dy.data(), w.data(), s, algorithm, false); });
     check_run<Wide<T>>(w.size(), want.dw, 64,
@@ -160,7 +160,7 @@ void test_empty(const Kernels<T>& k) {
   Window s = window(0, 4, 4, 2, 3, 3, 3, 1, 1, 1, 1);
   Array<T> none(1);
   for (const auto algorithm : {ConvAlgorithm::naive, ConvAlgorithm::tiled}) {
-    k.conv2d_forward(none.data(), none.data(), none.data(), s, algorithm);
+    k.conv2d_forward(none.data(), none.data(), none.data(), {}, s, algorithm);
     k.conv2d_backward_input(none.data(), none.data(), none.data(), s, algorithm, false);
     check_run<Wide<T>>(54, std::vector<double>(54), 0,
                        [&](Wide<T>* dw) { k.conv2d_backward_weight(dw, none.data(), none.data(), s, algorithm); });
@@ -168,7 +168,7 @@ void test_empty(const Kernels<T>& k) {
   s = window(1, 4, 4, 0, 3, 3, 3, 1, 1, 1, 1);  // no channels: sums of nothing
   for (const auto algorithm : {ConvAlgorithm::naive, ConvAlgorithm::tiled})
     check_run<T>(48, std::vector<double>(48), 0,
-                 [&](T* y) { k.conv2d_forward(y, none.data(), none.data(), s, algorithm); });
+                 [&](T* y) { k.conv2d_forward(y, none.data(), none.data(), {}, s, algorithm); });
 }
 
 template <class T>
@@ -179,7 +179,7 @@ void test_too_large(const Kernels<T>& k) {
   int thrown = 0;
   for (int i = 0; i < 3; i++) {
     try {
-      if (i == 0) k.conv2d_forward(none.data(), none.data(), none.data(), s, ConvAlgorithm::tiled);
+      if (i == 0) k.conv2d_forward(none.data(), none.data(), none.data(), {}, s, ConvAlgorithm::tiled);
       if (i == 1) k.conv2d_backward_input(none.data(), none.data(), none.data(), s, ConvAlgorithm::naive, false);
       if (i == 2) k.conv2d_backward_weight(dw.data(), none.data(), none.data(), s, ConvAlgorithm::automatic);
     } catch (const std::invalid_argument&) {

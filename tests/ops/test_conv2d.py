@@ -133,6 +133,29 @@ def test_any_geometry_is_exact_on_integers(device, algorithm, g, dtype):
         assert np.array_equal(result, want), name
 
 
+@pytest.mark.parametrize("device, algorithm", ALGORITHMS)
+@pytest.mark.parametrize("relu", (False, True))
+@pytest.mark.parametrize("joined", (False, True), ids=("alone", "residual"))
+@pytest.mark.parametrize("K", (16, 17, 48))
+def test_what_follows_is_done_in_the_same_pass(K, joined, relu, device, algorithm):
+    """Bias, residual and ReLU in whole and partial tiles and vectors, on integers; weights of 16 and 48 filters are
+    read where they lie, those of 17 are packed."""
+    g = Geometry(2, 9, 10, 5, K, 3, 3, padding=(1, 1))
+    x, w, residual = _integers(g, np.float32)
+    b = (np.arange(K) - K // 2).astype(np.float32)
+    want = _loops(x, w, residual, g)[0] + b + (residual if joined else 0)
+    want = np.maximum(want, 0) if relu else want
+    with tinyres.options(conv=algorithm):
+        kernels, asarray = backend.get(device).kernels, backend.get(device).asarray
+        others = asarray(b), asarray(residual) if joined else None, relu
+        y = kernels.conv2d_bias_forward(asarray(x), asarray(w), *others, g.stride, g.padding)
+    y = backend.get(device).numpy(y)
+    if algorithm == "winograd":  # which does not multiply integers
+        assert np.abs(y - want).max() < 1e-3
+    else:
+        assert np.array_equal(y, want)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @given(g=conv_geometries())
 def test_any_geometry_is_bit_identical_for_any_threads(device, g):
@@ -200,14 +223,16 @@ def test_large_layers_on_the_cpu(name):
     arrays = _integers(g, np.float32)
     with tinyres.options(conv="naive"):
         want = _all_three(*arrays, g, "cpu")
-    for result, expected in zip(_all_three(*arrays, g, "cpu"), want, strict=True):
+    with tinyres.options(conv="direct"):
+        got = _all_three(*arrays, g, "cpu")
+    for result, expected in zip(got, want, strict=True):
         assert np.array_equal(result, expected)
 
     rng = np.random.default_rng(0)
     arrays = [rng.standard_normal(array.shape).astype(np.float32) for array in arrays]
     results = []
     for threads in (1, 2, 3, 4):
-        with tinyres.options(threads=threads):
+        with tinyres.options(threads=threads, conv="direct"):
             results.append(_all_three(*arrays, g, "cpu"))
     for result in results[1:]:
         assert all(map(np.array_equal, result, results[0]))

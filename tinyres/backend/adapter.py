@@ -53,16 +53,22 @@ def _unary_backward(op):
 
 def _reduce(kernel):
     def reduce(self, x, axes, keepdims):
-        rows, _ = self._rows(x, axes)
-        if keepdims:
-            shape = tuple([1 if i in axes else n for i, n in enumerate(x.shape)])
-        else:
-            shape = tuple([n for i, n in enumerate(x.shape) if i not in axes])
-        y = self.empty(shape, x.dtype)
+        rows = self._rows(x, axes)
+        shape = list(x.shape)
+        for axis in reversed(axes):
+            shape[axis : axis + 1] = (1,) if keepdims else ()
+        y = self.empty(tuple(shape), x.dtype)
         getattr(self.extension, kernel)(y, rows)
         return y
 
     return reduce
+
+
+def _neighbours(axes, ndim):
+    """An order of all axes in which `axes` lie side by side: as they are, or else those first."""
+    if not axes or axes[-1] - axes[0] < len(axes):
+        return range(ndim)
+    return [*axes, *(i for i in range(ndim) if i not in axes)]
 
 
 class Adapter:
@@ -170,20 +176,18 @@ class Adapter:
     # reductions -----------------------------------------------------------------------------------------------------
 
     def _rows(self, x, axes):
-        """x as dense (outer, n, inner) with n over `axes`; and the order of x's axes in it."""
+        """x as dense (outer, n, inner) with n over `axes`."""
         first, end = (axes[0], axes[-1] + 1) if axes else (0, 0)
-        order = range(x.ndim)
-        if end - first != len(axes):  # not neighbours: bring them to the front
-            order = [*axes, *(i for i in order if i not in axes)]
-            x, first, end = x.transpose(order), 0, len(axes)
-        sizes = x.shape
-        shape = math.prod(sizes[:first]), math.prod(sizes[first:end]), math.prod(sizes[end:])
-        return self.contiguous(x).reshape(shape), order
+        if end - first != len(axes):
+            x, first, end = x.transpose(_neighbours(axes, x.ndim)), 0, len(axes)
+        sizes, prod = x.shape, math.prod
+        return self.contiguous(x).reshape(prod(sizes[:first]), prod(sizes[first:end]), prod(sizes[end:]))
 
     sum, max = _reduce("sum"), _reduce("max")
 
     def max_backward(self, dy, x, y, axes):
-        rows, order = self._rows(x, axes)
+        rows = self._rows(x, axes)
+        order = _neighbours(axes, x.ndim)
         dx = self.empty(rows.shape, x.dtype)
         outputs = (rows.shape[0], rows.shape[2])
         dy, y = self.contiguous(dy).reshape(outputs), self.contiguous(y).reshape(outputs)

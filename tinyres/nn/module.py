@@ -90,10 +90,10 @@ class Module:
             table[name] = value
 
     def __getattr__(self, name: str) -> Any:
-        for table in ("_parameters", "_buffers", "_modules"):
-            held = self.__dict__.get(table)
-            if held and name in held:
-                return held[name]
+        own = self.__dict__
+        for table in ("_parameters", "_modules", "_buffers"):
+            if table in own and name in own[table]:
+                return own[table][name]
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def register_buffer(self, name: str, array: Array) -> None:

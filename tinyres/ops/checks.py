@@ -70,6 +70,8 @@ def rank(op: str, name: str, x: Tensor, letters: str | tuple[str, ...]) -> None:
 
 def integer(op: str, name: str, value: Any, minimum: int, limit: int = LIMIT) -> int:
     """`value` as an int that is at least `minimum` and below `limit`."""
+    if type(value) is int and minimum <= value < limit:  # nearly always
+        return value
     try:
         whole = operator.index(value)
     except TypeError:
@@ -119,7 +121,7 @@ def real(op: str, name: str, value: Any) -> float:
 
 def flag(op: str, name: str, value: Any) -> bool:
     """`value`, True or False, as a bool."""
-    if not isinstance(value, (bool, np.bool_)):
+    if value is not True and value is not False and not isinstance(value, np.bool_):
         fail(op, f"{name} must be True or False", DtypeError, **{name: repr(value)})
     return bool(value)
 
