@@ -207,7 +207,7 @@ struct Correlation {
   i64 begin, end, columns, y_row, y_column;  // begin <= p < end, q < columns
   bool direct;                               // x is read where it lies: one tap, and no borders
   Blocks x;                                  // or else in blocks, of which q = 0 in the first row meets x_first
-  i64 x_first, x_row, x_column;              // x_row and x_column: from one output to the next
+  i64 x_first, x_row, x_column, x_block;     // x_row and x_column: from one output to the next
   T* packed;                                 // packed_size() elements, or null: w is read where it lies
   Taps* taps;                                // R * S at most
   i64 groups;
@@ -291,7 +291,7 @@ __attribute__((noinline)) void correlate_tile(T* y, i64 k0, const T* x, const T*
     }
   } else {
     const T* packed = w;
-    for (i64 c = 0; c < o.C; c += BLOCK, x += o.x.block()) {
+    for (i64 c = 0; c < o.C; c += BLOCK, x += o.x_block) {
       const i64 channels = least(BLOCK, o.C - c);
       for (const Taps* taps = o.taps; taps < o.taps + o.groups; taps++) {
         const i64 tap = o.packed ? WIDTH : o.x.stride * o.w_s, channel = o.packed ? taps->count * WIDTH : o.w_c;
@@ -471,6 +471,7 @@ void correlate_images(T* y, const T* x, const T* w, i64 w_r, i64 w_s, i64 w_c, i
   o.direct = s.R == 1 && s.S == 1 && s.pad_h == 0 && s.pad_w == 0;
   o.x = v.blocks(cut.rows, s.R);
   o.x_row = o.direct ? v.x.row : v.stride_h * o.x.row(), o.x_column = o.direct ? v.x.pixel : BLOCK;
+  o.x_block = o.x.block();
   const bool as_they_lie = w_k == 1 && s.K % LANES<T> == 0 && s.K <= UNPACKED_FILTERS &&
                            s.N * s.P * s.Q * s.R * s.S * s.C * s.K <= UNPACKED_WORK;
   Scratch<T> packed(as_they_lie ? 0 : o.packed_size());
@@ -538,6 +539,7 @@ void direct_backward_input(T* dx, const T* dy, const T* w, const Window& s, bool
       o->direct = s.R == 1 && s.S == 1 && s.pad_h == 0 && s.pad_w == 0;
       o->x = blocks, o->x_first = blocks.offset(taps_h - h.taps, v.begin - first_w + taps_w - v.taps);
       o->x_row = o->direct ? s.Q * s.K : blocks.row(), o->x_column = o->direct ? s.K : BLOCK;
+      o->x_block = blocks.block();
       o->packed = at, o->taps = list;
       list_taps(*o);
       at += o->packed_size(), list += h.taps * v.taps;
