@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--data-dir", type=pathlib.Path)
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--depth", type=int, default=20)
-    parser.add_argument("--recipe", choices=["quick", "paper"], default="quick")
+    parser.add_argument("--recipe", choices=["quick", "paper2015"], default="quick")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

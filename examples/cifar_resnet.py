@@ -1,7 +1,8 @@
 """Train a ResNet of the papers on CIFAR: the whole run in one file, every setting in sight.
 
     python examples/cifar_resnet.py                              ResNet-20, quick recipe on a CPU
-    python examples/cifar_resnet.py --depth 56 --recipe paper    as in "Deep Residual Learning" (2015), section 4.2
+    python examples/cifar_resnet.py --depth 56 --recipe paper2015    as in "Deep Residual Learning" (2015), section 4.2
+    python examples/cifar_resnet.py --depth 110 --unit full_preactivation --skip exclusive_gate --gate-bias -6
     python examples/cifar_resnet.py --out runs/mine --resume     go on where the run in runs/mine stopped
     python examples/cifar_resnet.py --device emulated --depth 8 --iterations 5    through the CUDA kernels, on a CPU
 
@@ -20,14 +21,12 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-
 import tinyres
-from tinyres import backend, data, models, ops, optim
+from tinyres import backend, data, models, nn, ops, optim
 from tinyres.backend import random
 from tinyres.errors import ArgumentError, CheckpointError, DeviceError, TinyresError, expect
-from tinyres.optim import schedules
 from tinyres.options import CONV
+from tinyres.recipes import RECIPES
 from tinyres.train import (
     Interrupt,
     MetricsLog,
@@ -38,26 +37,17 @@ from tinyres.train import (
     environment,
     evaluate,
     plot_curves,
+    recompute_batch_norm,
     run_summary,
 )
 
-# All parameters are decayed, those of batch norm too: the reproductions that match the papers' figures do so.
-RECIPES = {
-    # 2015, section 4.2: rate divided by 10 at 32k and 48k of 64k iterations, per-pixel mean subtracted
-    "paper": {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "iterations": 64_000},
-    # one cycle over the whole run, up to a rate that only so short a run takes well
-    "quick": {"lr": 0.4, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "epochs": 8},
-}
-MILESTONES = (32_000, 48_000)
-
-# 2015, section 4.2: the deep nets start at a tenth of the rate until the training error is under 80 %
-WARM_UP_DEPTH, WARM_UP_ERROR = 110, 80.0
+VALIDATION = 5_000  # training images held out by --validation (2015, section 4.2: a 45k/5k split)
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--depth", type=int, default=20, help="6n + 2 layers: 20, 32, 44, 56, 110, 1202 (20)")
+    add("--depth", type=int, default=20, help="layers: 20, 32, 44, 56, 110, 1202; 164, 1001 of bottlenecks (20)")
     add(
         "--dataset",
         choices=("auto", "cifar10", "cifar100", "shapes10"),
@@ -66,20 +56,35 @@ def parse_arguments():
     )
     add("--data-dir", type=Path, help="where CIFAR lies; else $TINYRES_DATA, else the user's cache folder")
     add("--download", action="store_true", help="fetch CIFAR if it is not there")
-    add("--recipe", choices=("auto", "quick", "paper"), default="auto", help="auto: quick on a CPU, paper on a GPU")
-    add("--epochs", type=int, help="stop after so many epochs ...")
-    add("--iterations", type=int, help="... or steps, whichever comes first (the recipe's length)")
+    add(
+        "--recipe",
+        choices=("auto", *RECIPES),
+        default="auto",
+        help="see tinyres/recipes.py; auto: quick on a CPU, paper2015 on a GPU",
+    )
+    add("--epochs", type=int, help="another length: the recipe's schedule of rates is shrunk or stretched to it")
+    add("--iterations", type=int, help="stop after so many steps of the schedule")
     add("--batch-size", type=int, default=128)
     add("--lr", type=float, help="highest learning rate (the recipe's)")
     add("--seed", type=int, default=0)
     add("--device", choices=("auto", "cpu", "emulated", "cuda"), default="auto", help="auto: cuda if it can be had")
-    add("--shortcut", choices=("A", "B", "C"), default="A", help="2015, section 4.1 (A: no parameters)")
+    add("--shortcut", choices=("A", "B", "C"), help="how dimensions are matched, 2015, section 3.3 (A; B in bottlenecks)")
     add("--plain", action="store_true", help="without shortcuts: the papers' plain nets")
+    add("--block", choices=tuple(models.BLOCKS), help="the residual function, of 1, 2 or 3 convolutions")
+    add("--unit", choices=models.UNITS, default="original", help="order of activations, 2016, Table 2")
+    add("--skip", choices=models.SKIPS, default="identity", help="what the skip connection does, 2016, Table 1")
+    add("--scales", type=float, nargs=2, metavar=("SHORTCUT", "BRANCH"), help="of --skip constant (0.5 0.5)")
+    add("--gate-bias", type=float, help="where the biases of gates start (-6)")
+    add("--dropout", type=float, help="share dropped by --skip dropout (0.5)")
     add("--out", type=Path, help="folder of the run (runs/<its name>)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out; afresh if there is none yet")
     add("--threads", type=int, help="CPU threads (all)")
     add("--conv", choices=CONV, default="auto", help="how convolutions are computed (tinyres.options)")
     add("--no-augment", action="store_true", help="no random crops and flips")
+    add("--validation", action="store_true", help=f"train without the last {VALIDATION:,} images and test on them")
+    add("--no-norm-decay", action="store_true", help="decay the weights alone, not biases nor batch norm's parameters")
+    add("--bn-group", type=int, help="batch norm over groups of so many images; 64 as on the papers' two GPUs")
+    add("--recompute-bn", action="store_true", help="at the end, batch norm's statistics over the whole training set")
     return parser.parse_args()
 
 
@@ -92,6 +97,15 @@ def choose_device(name):
         return "cpu"
 
 
+def name_of_model(args):
+    """Such as resnet110-exclusive_gate-6.0; what is the default is not said."""
+    names = [f"{'plain' if args.plain else 'resnet'}{args.depth}"]
+    names += [args.shortcut, args.block, args.unit if args.unit != "original" else None]
+    names += [args.skip if args.skip != "identity" else None, args.scales and "-".join(map(str, args.scales))]
+    names += [f"{value:g}".replace("-", "") for value in (args.gate_bias, args.dropout) if value is not None]
+    return "-".join(name for name in names if name)
+
+
 def main():
     args = parse_arguments()
 
@@ -100,18 +114,16 @@ def main():
     backend.use(device)
     tinyres.options(conv=args.conv, threads=args.threads)
     tinyres.manual_seed(args.seed)
-    recipe_name = args.recipe if args.recipe != "auto" else "paper" if device == "cuda" else "quick"
+    recipe_name = args.recipe if args.recipe != "auto" else "paper2015" if device == "cuda" else "quick"
     recipe = RECIPES[recipe_name]
-    lr = args.lr if args.lr is not None else recipe["lr"]
+    lr = args.lr if args.lr is not None else recipe.lr
 
     # Data: bytes in memory, normalised and augmented batch by batch
     dataset = data.load(args.dataset, args.data_dir, args.download)
     print(dataset.note or f"{dataset.name}: {dataset.source}")
-    pixel_mean, channel_mean, channel_std = data.statistics(dataset.train_images)
-    if recipe_name == "paper":
-        mean, scale = pixel_mean, np.full(3, 1 / 255, np.float32)
-    else:
-        mean, scale = channel_mean, 1 / channel_std
+    if args.validation:
+        dataset = data.held_out(dataset, VALIDATION)
+    mean, scale = recipe.normalise(dataset.train_images)
     train_loader = data.Loader(
         dataset.train_images,
         dataset.train_labels,
@@ -134,35 +146,31 @@ def main():
         device=device,
     )
 
-    # Length: whichever limit comes first; the recipe's own where none is given
+    # Length: that of the schedule, and where the run stops in it
     steps_per_epoch = train_loader.steps_per_epoch
-    if args.epochs is None and args.iterations is None:
-        epochs, iterations = recipe.get("epochs"), recipe.get("iterations")
-    else:
-        epochs, iterations = args.epochs, args.iterations
-    total = min(limit for limit in (epochs and epochs * steps_per_epoch, iterations) if limit is not None)
+    limits = [n for n in (args.epochs and args.epochs * steps_per_epoch, args.iterations) if n is not None]
+    length = args.epochs * steps_per_epoch if args.epochs is not None else recipe.length(steps_per_epoch)
+    total = min(limits, default=length)
     got = {"epochs": args.epochs, "iterations": args.iterations}
     expect(total > 0, "length", "the run must have at least one step", ArgumentError, **got)
+    length = total if recipe.milestones is None else length
 
     # Model, optimizer, schedule
-    model = models.cifar_resnet(args.depth, args.shortcut, args.plain, len(dataset.classes))
+    choices = {name: getattr(args, name) for name in ("block", "unit", "skip", "scales", "gate_bias", "dropout")}
+    model = models.cifar_resnet(args.depth, args.shortcut, args.plain, len(dataset.classes), **choices)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.group = args.bn_group
     model = tinyres.fuse(model)  # BN, ReLU and additions in one kernel each; same parameters, same names
-    optimizer = optim.SGD(
-        model.parameters(),
-        lr,
-        recipe["momentum"],
-        recipe["weight_decay"],
-        recipe["nesterov"],
-    )
-    if recipe_name == "paper":
-        schedule = schedules.step_decay(lr, MILESTONES, 0.1)
-    else:
-        schedule = schedules.one_cycle(lr, total)
-    warm_up = recipe_name == "paper" and args.depth >= WARM_UP_DEPTH
+    parameters = optim.without_norm_decay(model) if args.no_norm_decay else model.parameters()
+    optimizer = optim.SGD(parameters, lr, recipe.momentum, recipe.weight_decay, recipe.nesterov)
+    schedule = recipe.schedule(length, lr)
+    warm_up = recipe.warm_up if recipe.warm_up and args.depth >= recipe.warm_up.from_depth else None
+    warming = warm_up is not None
     recent_error = 100.0  # training error over about the last hundred batches
 
     # The run's folder. `settings` is what decides the run's bits, so a resumed run must have the same
-    model_name = f"{'plain' if args.plain else 'resnet'}{args.depth}" + (f"-{args.shortcut}" if not args.plain else "")
+    model_name = name_of_model(args)
     out = args.out or Path("runs") / f"{model_name}-{dataset.name}-{recipe_name}-seed{args.seed}"
     out.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -171,13 +179,15 @@ def main():
         "train_images": len(dataset.train_images),
         "recipe": recipe_name,
         "lr": lr,
-        "momentum": recipe["momentum"],
-        "nesterov": recipe["nesterov"],
-        "weight_decay": recipe["weight_decay"],
+        "momentum": recipe.momentum,
+        "nesterov": recipe.nesterov,
+        "weight_decay": recipe.weight_decay,
+        "norm_decay": not args.no_norm_decay,
+        "bn_group": args.bn_group,
         "batch_size": args.batch_size,
         "augment": not args.no_augment,
         "seed": args.seed,
-        "schedule_steps": total if recipe_name == "quick" else None,
+        "schedule_steps": length,
     }
     config = {
         **settings,
@@ -206,7 +216,7 @@ def main():
         running.load_state_dict(saved["running"])
         random.set_state(saved["random"])
         step, seconds = saved["step"], saved["seconds"]
-        warm_up, recent_error = saved["warm_up"], saved["recent_error"]
+        warming, recent_error = saved["warming"], saved["recent_error"]
         print(f"resuming at step {step}")
         if saved["kernels"] != kernels:
             print(f"other kernels than before ({saved['kernels']}): the last bits of the sums will differ")
@@ -229,7 +239,7 @@ def main():
             optimizer=optimizer,
             running=running,
             random=random.state(),
-            warm_up=warm_up,
+            warming=warming,
             recent_error=recent_error,
         )
 
@@ -241,7 +251,7 @@ def main():
         # weights and all later losses so. In the host's memory it is checked and shown at every step.
         on_host = backend.get(device).xp is np
         while step < total and not interrupt.signal:
-            optimizer.lr = lr / 10 if warm_up else schedule(step)
+            optimizer.lr = lr * warm_up.factor if warming else schedule(step)
             x, labels = train_loader.batch(step)
             logits = model(tinyres.tensor(x))
             loss = ops.cross_entropy(logits, labels)
@@ -254,9 +264,11 @@ def main():
             elapsed = watch.lap()
             step, seconds = step + 1, seconds + elapsed
             wrong = running.add(loss, logits, labels, elapsed)
-            if warm_up:  # the one thing that hangs on each batch's error: on a GPU these steps do wait
+            if warming and warm_up.until_error is None:
+                warming = step < warm_up.iterations
+            elif warming:  # the one thing that hangs on each batch's error: on a GPU these steps do wait
                 recent_error += 0.01 * (100.0 * int(wrong) / len(labels) - recent_error)
-                warm_up = recent_error >= WARM_UP_ERROR
+                warming = recent_error >= warm_up.until_error
             progress.update(running if on_host else None)
 
             if step % steps_per_epoch == 0 or step == total:
@@ -264,6 +276,8 @@ def main():
                 check_finite(train_loss, model, x, step)
                 elapsed = watch.lap()
                 running.seconds += elapsed
+                if step == total and args.recompute_bn:
+                    recompute_batch_norm(model, train_loader)
                 test_loss, test_error = evaluate(model, test_loader, step)
                 seconds += elapsed + watch.lap()
                 metrics.write(

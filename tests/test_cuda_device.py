@@ -416,7 +416,7 @@ def test_the_example_resumes(gpu, example, tmp_path):
     trees = []
     for lengths in ("8",), ("3", "8"):
         for length in lengths:
-            more = ["--recipe", "paper", "--iterations", length, *["--resume"] * (length != lengths[0])]
+            more = ["--recipe", "paper2015", "--iterations", length, *["--resume"] * (length != lengths[0])]
             assert example("cuda", *more) == 0
         trees.append(tinyres.load(tmp_path / "cuda" / "checkpoint.safetensors"))
     for tree in trees:

@@ -1,5 +1,7 @@
 """The papers' networks: sizes, depth without recursion, golden losses."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -94,14 +96,140 @@ def test_impossible_networks_for_imagenet(arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{"depth": 21}, {"depth": 2}, {"depth": -4}, {"depth": 20, "shortcut": "D"}, {"depth": 20, "num_classes": 0}],
+    "arguments, message",
+    [
+        ({"depth": 21}, "depth must be 6n + 2: 8, 14, 20, 26, ...; got depth 21"),
+        ({"depth": 2}, "6n"),
+        ({"depth": -4}, "at least 1"),
+        ({"depth": 20, "block": "bottleneck", "filters": 3}, None),
+        ({"depth": 110, "block": "triple"}, "one of single, basic, bottleneck"),
+        ({"depth": 165, "block": "bottleneck"}, "9n + 2: 11, 20, 29, 38"),
+        ({"depth": 9, "block": "single"}, "3n + 2: 5, 8, 11, 14"),
+        ({"depth": 20, "shortcut": "D"}, "shortcut must be one of A, B, C"),
+        ({"depth": 20, "num_classes": 0}, "num_classes"),
+        ({"depth": 20, "filters": 0}, "filters"),
+        ({"depth": 20, "unit": "preactivation"}, "unit must be one of original, bn_after_add, relu_before_add"),
+        ({"depth": 20, "skip": "highway"}, "skip must be one of identity, constant, exclusive_gate"),
+        ({"depth": 20, "gate_bias": -6}, "gate_bias is for skip exclusive_gate or shortcut_gate; got skip identity"),
+        ({"depth": 20, "skip": "dropout", "scales": (1, 1)}, "scales is for skip constant; got skip dropout"),
+        ({"depth": 20, "skip": "constant", "scales": (1,)}, "scales are"),
+        ({"depth": 20, "skip": "constant", "scales": (1, np.inf)}, "finite"),
+        ({"depth": 20, "skip": "dropout", "dropout": 1.0}, "dropout must be in"),
+        ({"depth": 20, "plain": True, "unit": "bn_after_add"}, "a plain network has the unit original"),
+        ({"depth": 20, "plain": True, "skip": "dropout"}, "a plain network has the unit original"),
+    ],
 )
-def test_impossible_networks(arguments):
-    with pytest.raises(ArgumentError):
+def test_impossible_networks(arguments, message):
+    if message is None:
+        return models.cifar_resnet(**arguments)
+    with pytest.raises(ArgumentError, match=re.escape(message)):
         models.cifar_resnet(**arguments)
-    with pytest.raises(DtypeError):
-        models.cifar_resnet(20.5)
+    return None
+
+
+def test_arguments_of_other_types_are_refused():
+    for arguments in ({"depth": 20.5}, {"depth": 20, "plain": 1}, {"depth": 20, "filters": 16.0}):
+        with pytest.raises(DtypeError):
+            models.cifar_resnet(**arguments)
+    for build, arguments in ((models.vgg, {"depth": 17}), (models.vgg, {"depth": 16, "image_size": 33})):
+        with pytest.raises(ArgumentError):
+            build(**arguments)
+
+
+# The catalogue -------------------------------------------------------------------------------------------------------
+
+CATALOGUE = {entry.name: entry for entry in models.catalogue()}
+
+# Counted apart from this code: parameters, multiply-adds in millions.
+COUNTED = {
+    "resnet20": (269_722, 40.55),
+    "resnet32": (464_154, 68.86),
+    "resnet44": (658_586, 97.17),
+    "resnet56": (853_018, 125.5),
+    "resnet110": (1_727_962, 252.9),
+    "resnet1202": (19_421_274, 2829),
+    "resnet164-full-preactivation": (1_703_258, 244.5),
+    "resnet1001-full-preactivation": (10_327_706, 1488),
+    "resnet34-A": (21_623_848, 3640),
+    "resnet34-B": (21_797_672, 3664),
+    "resnet50": (25_557_032, 3858),
+    "resnet101": (44_549_160, 7570),
+    "resnet152": (60_192_808, 11_280),
+    "resnet200-original": (64_673_832, 14_780),
+    "vgg16": (138_357_544, 15_470),
+    "vgg19": (143_667_240, 19_630),
+}
+
+
+def test_the_catalogue_says_what_was_counted():
+    for name, (parameters, millions) in COUNTED.items():
+        assert CATALOGUE[name].parameters == parameters, name
+        assert CATALOGUE[name].multiply_adds / 1e6 == pytest.approx(millions, rel=1e-3), name
+    assert len(CATALOGUE) == len(models.catalogue()), "names must differ"
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_sizes_in_the_catalogue(name, unfilled):
+    entry = CATALOGUE[name]
+    size = 224 if entry.dataset == "ImageNet" else 32
+    result = tinyres.summary(entry.build(), (1, size, size, 3), show=False)
+    assert (result.parameters, result.multiply_adds) == (entry.parameters, entry.multiply_adds)
+
+
+def reduced(entry):
+    """A network of the entry's kind that is small enough to be differentiated: its arguments."""
+    if entry.make is models.vgg:
+        return {"depth": entry.arguments["depth"], "filters": 2, "image_size": 32, "num_classes": 5}
+    small = {**entry.arguments, "filters": 4, "num_classes": 5}
+    if entry.make is models.imagenet_resnet:
+        return {**small, "depth": min(entry.arguments["depth"], 50)}
+    block = entry.arguments.get("block") or ("bottleneck" if entry.arguments["depth"] in (164, 1001) else "basic")
+    return {**small, "block": block, "depth": {"single": 8, "basic": 14, "bottleneck": 20}[block]}
+
+
+KINDS = {str(reduced(entry)): entry for entry in CATALOGUE.values()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_network_has_the_right_gradients(kind):
+    """Of all its parameters and its input along one direction, fused and plain, in training."""
+    entry = KINDS[kind]
+    rng = np.random.default_rng(0)
+    model = entry.make(**reduced(entry)).to(dtype=np.float64)
+    side = 32 if entry.dataset == "ImageNet" else 8
+    images = tinyres.tensor(rng.standard_normal((4, side, side, 3)), requires_grad=True)
+    labels = [0, 1, 2, 3]
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.gamma.data, module.beta.data = rng.uniform(0.5, 1.5, (2, *module.gamma.shape))
+    leaves = [images, *model.parameters()]
+    state, draws = model.state_dict(), tinyres.backend.random.state()
+
+    def loss(net):
+        net.load_state_dict(state)
+        tinyres.backend.random.set_state(draws)  # the same dropout every time
+        return ops.cross_entropy(net(images), labels)
+
+    results = []
+    for net in (model, tinyres.fuse(model)):
+        for leaf in leaves:
+            leaf.grad = None
+        value = loss(net)
+        value.backward()
+        results.append([value.item(), *(leaf.grad for leaf in leaves)])
+    for plain, fused in zip(*results, strict=True):
+        assert np.allclose(plain, fused, rtol=1e-7, atol=1e-9)
+    assert all(g.any() for g in results[0][1:])
+
+    directions = [rng.standard_normal(leaf.shape) * (leaf.data.std() + 0.1) for leaf in leaves]
+    wanted = sum((g * d).sum() for g, d in zip(results[0][1:], directions, strict=True))
+    starts, values = [leaf.data.copy() for leaf in leaves], []
+    for step in (1e-6, -1e-6):
+        for leaf, start, direction in zip(leaves, starts, directions, strict=True):
+            leaf.data = start + step * direction
+        state = model.state_dict()
+        values.append(loss(model).item())
+    assert (values[0] - values[1]) / 2e-6 == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("fused", (False, True))

@@ -186,12 +186,13 @@ def test_resume_refuses_garbage_in_the_metrics(run, tmp_path):
 
 
 def test_paper_recipe(run, tmp_path):
-    run(tmp_path / "run", "--recipe", "paper", "--epochs", "1", "--iterations", "9", "--no-augment", "--plain")
-    assert [(line["step"], line["lr"]) for line in metrics(tmp_path / "run")] == [(3, 0.1)]
+    run(tmp_path / "run", "--recipe", "paper2015", "--epochs", "4", "--iterations", "9", "--no-augment", "--plain")
+    # 12 steps of the schedule, of which 9 are run: the rate falls at 6 and at 9
+    assert [(line["step"], line["lr"]) for line in metrics(tmp_path / "run")] == [(3, 0.1), (6, 0.1), (9, 0.01)]
 
 
 def test_deep_nets_warm_up(run, tmp_path):
-    run(tmp_path / "run", "--recipe", "paper", "--depth", "110", "--batch-size", "2", "--iterations", "1")
+    run(tmp_path / "run", "--recipe", "paper2015", "--depth", "110", "--batch-size", "2", "--iterations", "1")
     assert [line["lr"] for line in metrics(tmp_path / "run")] == [0.01]
 
 
@@ -201,14 +202,14 @@ def test_the_warm_up_ends_with_the_training_error(run, tmp_path):
     folder.mkdir()
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
         (folder / f"{name}.bin").write_bytes(bytes([3] + [100] * 3072) * 4)
-    run(tmp_path / "run", "--data-dir", str(folder), "--recipe", "paper", "--depth", "110", "--batch-size", "4",
+    run(tmp_path / "run", "--data-dir", str(folder), "--recipe", "paper2015", "--depth", "110", "--batch-size", "4",
         "--iterations", "60")  # fmt: skip
     rates = [line["lr"] for line in metrics(tmp_path / "run")]
     assert rates == sorted(rates) and set(rates) == {0.01, 0.1}
 
 
 def test_a_diverging_run_names_step_and_layer(run, tmp_path):
-    printed = run(tmp_path / "run", "--recipe", "paper", "--iterations", "9", "--lr", "1e30", status=1)
+    printed = run(tmp_path / "run", "--recipe", "paper2015", "--iterations", "9", "--lr", "1e30", status=1)
     message = r"error: \[train\] the loss must be finite; got \S+ at step \d+: .* is \S+ \(\w+\)"
     assert re.search(message, printed), printed
     assert "Traceback" not in printed

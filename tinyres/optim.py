@@ -12,6 +12,7 @@ from tinyres import backend
 from tinyres.autograd import Tensor
 from tinyres.backend import Array
 from tinyres.errors import ArgumentError, CheckpointError, DtypeError, TinyresError, expect
+from tinyres.nn import Module
 from tinyres.ops import checks
 
 
@@ -135,6 +136,13 @@ class SGD:
             velocities[int(key)] = p.device.kernels.broadcast_to(p.device.asarray(v, p.dtype), v.shape)
         self.lr, self.momentum, self.nesterov = settings.lr, settings.momentum, settings.nesterov
         self._decays, self._velocities = decays, velocities
+
+
+def without_norm_decay(model: Module) -> list[dict[str, Any]]:
+    """Groups for SGD in which the weights of convolutions and linear layers are decayed, and nothing else is."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
 
 
 def _like(velocity, p):

@@ -19,7 +19,7 @@ from tinyres.autograd import Tensor, no_grad, tensor
 from tinyres.backend import Array, random
 from tinyres.checkpoint import write_atomic
 from tinyres.errors import CheckpointError, NonFiniteError
-from tinyres.nn import Module
+from tinyres.nn import BatchNorm2d, Module
 from tinyres.nn.module import home_of
 from tinyres.version import __version__
 
@@ -109,6 +109,28 @@ def evaluate(model: Module, loader: Loader, step: int = 0) -> tuple[float, float
         for module, training in modes:
             module.training = training
     return running.loss, running.error
+
+
+def recompute_batch_norm(model: Module, loader: Loader) -> None:
+    """Make the running statistics of batch norm the averages over one pass of `loader.epoch()` with today's weights.
+
+    The papers' released models have such statistics rather than moving averages. Other layers run as in evaluation;
+    every module is left in the mode in which it was.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    norms = [(module, module.momentum) for module in model.modules() if isinstance(module, BatchNorm2d)]
+    model.eval()
+    try:
+        with no_grad():
+            for batch, (x, _) in enumerate(loader.epoch()):
+                for module, _ in norms:
+                    module.training, module.momentum = True, 1 / (batch + 1)  # the mean of all batches so far
+                model(tensor(x, device=home_of(model)))
+    finally:
+        for module, momentum in norms:
+            module.momentum = momentum
+        for module, training in modes:
+            module.training = training
 
 
 def check_finite(loss: float, model: Module, x: Tensor | Array, step: int, name: str = "loss") -> None:

@@ -2,7 +2,8 @@
 
     python benchmarks/peers/torch_cifar.py --data-dir DIR --epochs 8 --seed 0 --out runs/torch
 
-From tinyres come only the files' bytes, the rate of each step and the writing of metrics.jsonl. The network, its
+From tinyres come only the files' bytes, the recipe (the rate of each step, the images' mean and scale) and the writing
+of metrics.jsonl. The network, its
 training and the augmentation are PyTorch's, in the layout in which it is fastest (channels_last). The last line of
 output is JSON: test_error in percent, seconds, peak_resident_mib.
 """
@@ -18,14 +19,9 @@ from torch.nn import functional as F
 from torch_resnet import CifarResNet
 
 from tinyres import data
-from tinyres.optim import schedules
+from tinyres.recipes import RECIPES
 from tinyres.train import MetricsLog, peak_memory
 
-RECIPES = {
-    "paper": {"lr": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4, "iterations": 64_000},
-    "quick": {"lr": 0.4, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4, "epochs": 8},
-}
-MILESTONES = (32_000, 48_000)
 SHIFT = 4
 
 
@@ -89,35 +85,27 @@ def main():
 
     dataset = data.load(args.dataset, args.data_dir)
     print(f"{dataset.name}: {dataset.source}")
-    pixel_mean, channel_mean, channel_std = data.statistics(dataset.train_images)
-    if args.recipe == "paper":
-        mean, scale = pixel_mean, np.full(3, 1 / 255, np.float32)
-    else:
-        mean, scale = channel_mean, 1 / channel_std
+    mean, scale = recipe.normalise(dataset.train_images)
     mean, scale = torch.as_tensor(mean), torch.as_tensor(scale)
     train_images, train_labels = torch.as_tensor(dataset.train_images), torch.as_tensor(dataset.train_labels)
     test_images, test_labels = torch.as_tensor(dataset.test_images), torch.as_tensor(dataset.test_labels)
 
     steps_per_epoch = len(train_images) // args.batch_size  # the last partial batch is dropped
-    epochs, iterations = args.epochs, args.iterations
-    if epochs is None and iterations is None:
-        epochs, iterations = recipe.get("epochs"), recipe.get("iterations")
-    total = min(limit for limit in (epochs and epochs * steps_per_epoch, iterations) if limit is not None)
+    limits = [n for n in (args.epochs and args.epochs * steps_per_epoch, args.iterations) if n is not None]
+    length = args.epochs * steps_per_epoch if args.epochs is not None else recipe.length(steps_per_epoch)
+    total = min(limits, default=length)
+    schedule = recipe.schedule(total if recipe.milestones is None else length)
 
     model = CifarResNet(args.depth, args.shortcut, args.plain, len(dataset.classes))
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         model.parameters(),
-        recipe["lr"],
-        recipe["momentum"],
-        weight_decay=recipe["weight_decay"],
-        nesterov=recipe["nesterov"],
+        recipe.lr,
+        recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
         fused=True,
     )
-    if args.recipe == "paper":
-        schedule = schedules.step_decay(recipe["lr"], MILESTONES, 0.1)
-    else:
-        schedule = schedules.one_cycle(recipe["lr"], total)
     forward = torch.compile(model) if args.compile else model
 
     args.out.mkdir(parents=True, exist_ok=True)

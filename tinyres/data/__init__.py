@@ -12,7 +12,7 @@ from tinyres.data.augment import Loader, statistics
 from tinyres.data.shapes import shapes10
 from tinyres.errors import ArgumentError, DataError, DtypeError, expect
 
-__all__ = ["NAMES", "Dataset", "Loader", "load", "shapes10", "statistics"]
+__all__ = ["NAMES", "Dataset", "Loader", "held_out", "load", "shapes10", "statistics"]
 
 NAMES = ("auto", "cifar10", "cifar100", "shapes10")
 OFFICIAL_COUNTS = (50_000, 10_000)
@@ -72,6 +72,16 @@ def load(name: str = "auto", data_dir: str | os.PathLike[str] | None = None, dow
     counts = len(arrays[0]), len(arrays[2])
     note = "" if counts == OFFICIAL_COUNTS else f"a part of {wanted}: {counts[0]} training and {counts[1]} test images"
     return Dataset(wanted, *arrays, source=str(found.path), note=note)
+
+
+def held_out(dataset: Dataset, count: int) -> Dataset:
+    """`dataset` for making choices: the last `count` training images are the test set, and not trained on."""
+    images, labels = dataset.train_images, dataset.train_labels
+    fits = isinstance(count, int) and 0 < count < len(images)
+    expect(fits, "data.held_out", f"count must be in 1 .. {len(images) - 1}", ArgumentError, count=count)
+    note = f"the last {count:,} of {len(images):,} training images of {dataset.name} held out to test on"
+    parts = images[:-count], labels[:-count], images[-count:], labels[-count:]
+    return Dataset(dataset.name, *parts, dataset.classes, dataset.source, note)
 
 
 def _shapes(note=""):

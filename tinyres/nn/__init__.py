@@ -23,10 +23,11 @@ from tinyres.nn.layers import (
     ReLU,
 )
 from tinyres.nn.module import Module, Parameter, Sequential
-from tinyres.nn.residual import Residual, ZeroPadShortcut, shortcut
+from tinyres.nn.residual import ConstantScale, Gate, Residual, ZeroPadShortcut, shortcut
 
 __all__ = [
-    "AvgPool2d", "BatchNorm2d", "BatchNormAddReLU2d", "BatchNormReLU2d", "Conv2d", "Conv2dAddReLU", "Conv2dReLU",
-    "Dropout", "Flatten", "FusedResidual", "GlobalAvgPool2d", "Identity", "Linear", "MaxPool2d", "Module", "Parameter",
-    "ReLU", "Residual", "Sequential", "ZeroPadShortcut", "fold_batch_norm", "fuse", "init", "shortcut",
+    "AvgPool2d", "BatchNorm2d", "BatchNormAddReLU2d", "BatchNormReLU2d", "ConstantScale", "Conv2d", "Conv2dAddReLU",
+    "Conv2dReLU", "Dropout", "Flatten", "FusedResidual", "Gate", "GlobalAvgPool2d", "Identity", "Linear", "MaxPool2d",
+    "Module", "Parameter", "ReLU", "Residual", "Sequential", "ZeroPadShortcut", "fold_batch_norm", "fuse", "init",
+    "shortcut",
 ]  # fmt: skip

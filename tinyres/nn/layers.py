@@ -87,15 +87,19 @@ class BatchNorm2d(Module):
 
     gamma, beta                (C,), ones and zeros
     running_mean, running_var  buffers (C,): zeros and ones, updated in training, used in evaluation
+    group                      None, or in training so many images at a time are normalised by themselves, as where
+                               each of several GPUs gets so many of a batch
     """
 
     gamma: Parameter
     beta: Parameter
     running_mean: Array
     running_var: Array
+    group: int | None
 
-    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5, group: int | None = None) -> None:
         super().__init__()
+        self.group = group if group is None else checks.integer("BatchNorm2d", "group", group, 1)
         channels = checks.integer("BatchNorm2d", "channels", channels, 1)
         self.momentum = checks.fraction("BatchNorm2d", "momentum", momentum, one=True)
         self.eps = checks.real("BatchNorm2d", "eps", eps)
@@ -114,7 +118,12 @@ class BatchNorm2d(Module):
             self.running_mean = self.running_mean.astype(self.gamma.dtype)
             self.running_var = self.running_var.astype(self.gamma.dtype)
         statistics = self.running_mean, self.running_var
-        return op(*inputs, self.gamma, self.beta, *statistics, self.training, self.momentum, self.eps)
+        parameters = self.gamma, self.beta, *statistics, self.training, self.momentum, self.eps
+        images, group = len(inputs[0]), self.group
+        if group is None or not self.training or images <= group:
+            return op(*inputs, *parameters)
+        parts = [slice(begin, begin + group) for begin in range(0, images, group)]
+        return ops.concatenate([op(*[x[part] for x in inputs], *parameters) for part in parts])
 
     def extra_repr(self) -> str:
         return f"{self.gamma.shape[0]}, momentum={self.momentum}, eps={self.eps}"

@@ -1,12 +1,14 @@
-"""Residual units and the shortcuts of He et al. 2015, section 3.3."""
+"""Residual units, the shortcuts of He et al. 2015, section 3.3, and the joins of He et al. 2016, section 3.1."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from tinyres import ops
 from tinyres.autograd import Tensor
 from tinyres.errors import ArgumentError, DtypeError, expect
 from tinyres.nn.layers import BatchNorm2d, Conv2d, ReLU
-from tinyres.nn.module import Module, Sequential
+from tinyres.nn.module import Module, Parameter, Sequential
 from tinyres.ops import checks
 
 _RELU = ReLU()  # stands for the default: each unit gets a ReLU of its own
@@ -84,11 +86,12 @@ class ZeroPadShortcut(Module):
         return f"stride={self.stride}, new_channels={self.new_channels}"
 
 
-def shortcut(option: str, in_channels: int, out_channels: int, stride: int) -> Module | None:
+def shortcut(option: str, in_channels: int, out_channels: int, stride: int, norm: bool = True) -> Module | None:
     """The shortcut module of a unit, None for the identity (He et al. 2015, section 3.3 and Table 3).
 
     option  "A": zero padding where the dimensions change; "B": a projection there (1x1 convolution and batch norm);
             "C": a projection everywhere
+    norm    whether a projection has its batch norm
     Raises ArgumentError for another option.
     """
     option = checks.choice("shortcut", "option", option, ("A", "B", "C"))
@@ -96,4 +99,42 @@ def shortcut(option: str, in_channels: int, out_channels: int, stride: int) -> M
         return None
     if option == "A":
         return ZeroPadShortcut(in_channels, out_channels, stride)
-    return Sequential(Conv2d(in_channels, out_channels, 1, stride), BatchNorm2d(out_channels))
+    projection = Conv2d(in_channels, out_channels, 1, stride)
+    return Sequential(projection, BatchNorm2d(out_channels)) if norm else projection
+
+
+class ConstantScale(Module):
+    """A join: shortcut_scale * shortcut + branch_scale * branch (2016, Fig. 2b)."""
+
+    def __init__(self, shortcut_scale: float, branch_scale: float) -> None:
+        super().__init__()
+        self.shortcut_scale = checks.real("ConstantScale", "shortcut_scale", shortcut_scale)
+        self.branch_scale = checks.real("ConstantScale", "branch_scale", branch_scale)
+
+    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+        return self.shortcut_scale * shortcut + self.branch_scale * branch
+
+    def extra_repr(self) -> str:
+        return f"{self.shortcut_scale}, {self.branch_scale}"
+
+
+class Gate(Module):
+    """A join: (1 - g) * shortcut + branch, or + g * branch where `exclusive` (2016, Fig. 2d and 2c).
+
+    g = sigmoid(1x1 convolution of the shortcut's output), which is x itself where the dimensions do not change.
+    bias  what the convolution's biases start from: the lower, the closer the shortcut is to the identity
+    """
+
+    def __init__(self, channels: int, bias: float, exclusive: bool) -> None:
+        super().__init__()
+        bias = checks.real("Gate", "bias", bias)
+        self.exclusive = checks.flag("Gate", "exclusive", exclusive)
+        self.conv = Conv2d(channels, channels, 1, bias=True)
+        self.conv.bias = Parameter(np.full(channels, bias, np.float32))
+
+    def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
+        g = ops.sigmoid(self.conv(shortcut))
+        return (1 - g) * shortcut + (g * branch if self.exclusive else branch)
+
+    def extra_repr(self) -> str:
+        return f"exclusive={self.exclusive}"
