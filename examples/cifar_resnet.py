@@ -21,6 +21,8 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import tinyres
 from tinyres import backend, data, models, nn, ops, optim
 from tinyres.backend import random
@@ -120,9 +122,9 @@ def main():
 
     # Data: bytes in memory, normalised and augmented batch by batch
     dataset = data.load(args.dataset, args.data_dir, args.download)
-    print(dataset.note or f"{dataset.name}: {dataset.source}")
     if args.validation:
         dataset = data.held_out(dataset, VALIDATION)
+    print(dataset.note or f"{dataset.name}: {dataset.source}")
     mean, scale = recipe.normalise(dataset.train_images)
     train_loader = data.Loader(
         dataset.train_images,
