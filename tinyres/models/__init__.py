@@ -17,6 +17,6 @@ from tinyres.models.imagenet import (
 from tinyres.models.vgg import vgg, vgg16, vgg19
 
 __all__ = [
-    "BLOCKS", "Entry", "SKIPS", "UNITS", "catalogue", "cifar_resnet", "imagenet_resnet", "plain18", "plain34", "resnet18", "resnet34", "resnet50",
-    "resnet101", "resnet152", "resnet200", "vgg", "vgg16", "vgg19",
+    "BLOCKS", "Entry", "SKIPS", "UNITS", "catalogue", "cifar_resnet", "imagenet_resnet", "plain18", "plain34",
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnet200", "vgg", "vgg16", "vgg19",
 ]  # fmt: skip

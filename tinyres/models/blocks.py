@@ -1,4 +1,4 @@
-"""What the papers' networks are stacked from: residual functions of one to three convolutions, and the units around them.
+"""What the papers' networks are stacked from: residual functions of one to three convolutions, and units around them.
 
 A residual unit is x -> f(h(x) + F(x)). Three choices make one:
   - the convolutions of F: `single`, `basic` or `bottleneck`;
@@ -10,8 +10,8 @@ A residual unit is x -> f(h(x) + F(x)). Three choices make one:
       relu_preactivation   ReLU conv BN ReLU conv BN (+)
       full_preactivation   BN ReLU conv BN ReLU conv (+)
 
-  - the skip connection h: how dimensions are matched where they change (`shortcut`, see nn.shortcut) and what is done to
-    the signal in every unit (2016, Fig. 2 and Table 1), `skip`:
+  - the skip connection h: how dimensions are matched where they change (`shortcut`, see nn.shortcut), and what is done
+    to the signal in every unit (2016, Fig. 2 and Table 1), `skip`:
 
       identity        h = x, F
       constant        s x + b F, with scales (s, b)
@@ -78,15 +78,15 @@ class Design(NamedTuple):
     parameter: Any  # the skip's
 
 
-def design(
-    op: str, convs: Convs, option: str, plain: bool, unit: str, skip: str, **parameters: object
-) -> Design:
+def design(op: str, convs: Convs, option: str, plain: bool, unit: str, skip: str, **parameters: object) -> Design:
     """A Design of checked choices. `parameters` are scales, gate_bias and dropout, None where not given.
 
     Raises ArgumentError or DtypeError, saying what is possible.
     """
     option = checks.choice(op, "shortcut", option, ("A", "B", "C"))
     unit, skip = checks.choice(op, "unit", unit, UNITS), checks.choice(op, "skip", skip, SKIPS)
+    name: str | None
+    parameter: Any
     name, parameter = PARAMETERS.get(skip, (None, None))
     for given, value in parameters.items():
         if value is not None:
