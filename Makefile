@@ -1,4 +1,4 @@
-# make train   sets up .venv, builds, trains:  make train ARGS="--depth 56 --recipe paper"
+# make train   sets up .venv, builds, trains:  make train ARGS="--depth 56 --recipe paper2015"
 # make test    sets up .venv, builds, runs the tests
 PYTHON ?= python3
 ARGS ?=

@@ -34,7 +34,9 @@ def test_lengths():
 
 def test_a_shorter_run_has_its_milestones_at_the_same_shares():
     schedule = RECIPES["paper2015"].schedule(640, lr=0.2)
-    assert [schedule(step) for step in (0, 319, 320, 479, 480, 639)] == pytest.approx([0.2, 0.2, 0.02, 0.02, 2e-3, 2e-3])
+    assert [schedule(step) for step in (0, 319, 320, 479, 480, 639)] == pytest.approx(
+        [0.2, 0.2, 0.02, 0.02, 2e-3, 2e-3]
+    )
     with pytest.raises(ArgumentError, match="at least one iteration"):
         RECIPES["paper2015"].schedule(0)
 
