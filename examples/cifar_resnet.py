@@ -104,11 +104,11 @@ def choose_device(name):
 
 
 def name_of_model(args):
-    """Such as resnet110-exclusive_gate-6.0; what is the default is not said."""
+    """Such as resnet110-exclusive_gate--6; what is the default is not said."""
     names = [f"{'plain' if args.plain else 'resnet'}{args.depth}"]
     names += [args.shortcut, args.block, args.unit if args.unit != "original" else None]
     names += [args.skip if args.skip != "identity" else None, args.scales and "-".join(map(str, args.scales))]
-    names += [f"{value:g}".replace("-", "") for value in (args.gate_bias, args.dropout) if value is not None]
+    names += [f"{value:g}" for value in (args.gate_bias, args.dropout) if value is not None]
     return "-".join(name for name in names if name)
 
 
@@ -162,6 +162,8 @@ def main():
     length = total if recipe.milestones is None else length
 
     # Model, optimizer, schedule
+    fits = args.bn_group is None or args.bn_group > 0
+    expect(fits, "bn_group", "a group must have at least one image", ArgumentError, bn_group=args.bn_group)
     choices = {name: getattr(args, name) for name in ("block", "unit", "skip", "scales", "gate_bias", "dropout")}
     model = models.cifar_resnet(args.depth, args.shortcut, args.plain, len(dataset.classes), **choices)
     for module in model.modules():

@@ -193,6 +193,20 @@ def test_paper_recipe(run, tmp_path):
     ]  # fmt: skip
 
 
+def test_every_choice_of_network_and_recipe(run, tmp_path):
+    """One step of each; what the layers then do is tested in test_models.py and test_recipes.py."""
+    out = tmp_path / "run"
+    run(out, "--iterations", "1", "--unit", "full_preactivation", "--skip", "exclusive_gate", "--gate-bias", "-6")
+    assert json.loads((out / "config.json").read_text())["model"] == "resnet8-full_preactivation-exclusive_gate--6"
+    out = tmp_path / "other"
+    run(out, "--iterations", "1", "--recipe", "akamaster", "--bn-group", "4", "--no-norm-decay", "--recompute-bn",
+        "--skip", "constant", "--scales", "0.5", "1", "--block", "single")  # fmt: skip
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model"], config["bn_group"], config["norm_decay"]) == ("resnet8-single-constant-0.5-1.0", 4, False)
+    assert "[bn_group] a group must have" in run(tmp_path / "none", "--bn-group", "0", status=1)
+    assert "scales is for skip constant" in run(tmp_path / "none", "--scales", "1", "1", status=1)
+
+
 def test_deep_nets_warm_up(run, tmp_path):
     run(tmp_path / "run", "--recipe", "paper2015", "--depth", "110", "--batch-size", "2", "--iterations", "1")
     assert [line["lr"] for line in metrics(tmp_path / "run")] == [0.01]
