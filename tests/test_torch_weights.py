@@ -14,6 +14,7 @@ from op_case import DEVICES
 from test_models import IMAGENET, unfilled  # noqa: F401  # a fixture
 from tinyres import models
 from tinyres.errors import ArgumentError, CheckpointError
+from tinyres.nn import BatchNorm2d, Conv2d, Linear, Sequential
 from tinyres.torch_weights import export_torch, from_torch, import_torch, to_torch
 
 # Arrays in the state_dict of torchvision's models.
@@ -125,6 +126,16 @@ def test_a_state_that_does_not_fit_changes_nothing():
         from_torch(model, [1])
 
 
+def changed(path, layer):
+    """A network in which the layer at the dotted `path` is another one."""
+    model = at = network()
+    *parents, name = path.split(".")
+    for parent in parents:
+        at = getattr(at, parent)
+    setattr(at, name, layer)
+    return model
+
+
 IMPOSSIBLE = {
     "A": (lambda: network(shortcut="A"), "layer 6, (Fused)?Residual"),
     "A of bottlenecks": (lambda: network(50, shortcut="A"), "layer 4, (Fused)?Residual"),
@@ -143,7 +154,15 @@ IMPOSSIBLE = {
     "folded": (lambda: tinyres.fold_batch_norm(network()), "model Sequential"),
     "CIFAR": (lambda: models.cifar_resnet(8), "model Sequential"),
     "VGG": (lambda: models.vgg(16, filters=2, image_size=32), "model Sequential"),
-    "no network": (lambda: tinyres.nn.Linear(2, 3), "model Linear"),
+    "a bias in the stem": (lambda: changed("0", Conv2d(3, 4, 7, 2, 3, bias=True)), "model Sequential"),
+    "a bias in a unit": (lambda: changed("7.branch.3", Conv2d(8, 8, 3, 1, 1, bias=True)), "layer 7, (Fused)?Residual"),
+    "half a projection": (lambda: changed("6.shortcut", Sequential(Conv2d(4, 8, 1, 2))), "layer 6, (Fused)?Residual"),
+    "one convolution": (
+        lambda: changed("5.branch", Sequential(Conv2d(4, 4, 1), BatchNorm2d(4))),
+        "layer 5, (Fused)?Res",
+    ),
+    "no bias at the end": (lambda: changed("13", Linear(32, 5, bias=False)), "model Sequential"),
+    "no network": (lambda: Linear(2, 3), "model Linear"),
     "no model": (lambda: None, "model NoneType"),
 }
 
