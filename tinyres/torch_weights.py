@@ -171,7 +171,7 @@ def _layers(op, model):
     """PyTorch's names of the layers -> the layers, in PyTorch's order."""
     rule = (
         "only a network of imagenet_resnet with shortcut B, unit original and skip identity has names in PyTorch, "
-        "plain or fused, but not folded"
+        "fused or not, but not folded"
     )
     match [*model] if isinstance(model, Sequential) else []:
         case [
