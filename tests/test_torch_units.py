@@ -81,8 +81,9 @@ if importlib.util.find_spec("torch") is not None:
             self.projects = skip == "conv1x1" or (changes and option == "B")
             self.stride, self.new = stride, filters - channels
             if self.projects:
-                # BN "right after the weight layers", unless this unit's comes before them, or after the addition.
-                norm = ["BN"] if "weight BN" in order and after < 2 else []
+                # BN "right after the weight layers", unless this unit's comes before them. Fig. 4: "All these units
+                # consist of the same components", so that of a projection stays where F's last one moves on.
+                norm = ["BN"] if "weight BN" in order else []
                 self.shortcut = sequence([(channels, filters, 1, stride), *norm], channels)
             self.dropout = Mask() if skip == "dropout" else nn.Identity()
             self.gate = nn.Conv2d(filters, filters, 1) if skip.endswith("gate") else None

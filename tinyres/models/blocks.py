@@ -18,7 +18,10 @@ A residual unit is x -> f(h(x) + F(x)). Three choices make one:
       exclusive_gate  (1 - g) x + g F, with g = sigmoid(1x1 convolution of x)
       shortcut_gate   (1 - g) x + F
       conv1x1         a projection in every unit, which is shortcut C
-      dropout         dropout(x) + F
+      dropout         dropout(x) + F, where what is kept is doubled in training, as in the paper's framework (Caffe)
+
+The paper says neither what a gate sees where dimensions change (here: the matched x), nor how skips and pre-activation
+go together (here: a skip takes x as it is, a projection the activated x).
 """
 
 from __future__ import annotations
@@ -128,9 +131,8 @@ def stages(channels: int, filters: Sequence[int], units: Sequence[int], d: Desig
 
 def _unit(d, channels, filters, stride, first):
     branch = _activated(d.unit, d.convs(channels, filters, stride))
-    # Where BN comes elsewhere than after a convolution, it does so in a projection too.
-    norm = d.unit not in ("bn_after_add", "full_preactivation")
-    skip = shortcut(d.option, channels, filters, stride, norm)
+    # A projection has its BN where F's convolutions have theirs: behind it, or before both paths in `pre`.
+    skip = shortcut(d.option, channels, filters, stride, norm=d.unit != "full_preactivation")
     before = _pre_activation(d.unit, channels)
     pre = None
     if before and not first:

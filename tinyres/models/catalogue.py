@@ -113,7 +113,7 @@ _TABLES: list[tuple[str, str, str, Callable[..., Module], list[tuple[str, dict[s
         ("resnet110-relu-preactivation", {"depth": 110, "unit": "relu_preactivation"}, "6.71", 1_727_962, 252_887_680),
         ("resnet110-full-preactivation", {"depth": 110, "unit": "full_preactivation"}, "6.37", 1_727_962, 252_887_680),
         ("resnet164-original", {"depth": 164}, "5.93", 1_704_154, 244_500_992),
-        ("resnet164-bn-after-add", {"depth": 164, "unit": "bn_after_add"}, "6.50", 1_703_258, 244_500_992),
+        ("resnet164-bn-after-add", {"depth": 164, "unit": "bn_after_add"}, "6.50", 1_704_154, 244_500_992),
         ("resnet164-relu-before-add", {"depth": 164, "unit": "relu_before_add"}, "6.14", 1_704_154, 244_500_992),
         ("resnet164-relu-preactivation", {"depth": 164, "unit": "relu_preactivation"}, "5.91", 1_704_154, 244_500_992),
         ("resnet164-full-preactivation", {"depth": 164, "unit": "full_preactivation"}, "5.46", 1_703_258, 244_500_992),
@@ -135,7 +135,7 @@ _TABLES: list[tuple[str, str, str, Callable[..., Module], list[tuple[str, dict[s
          "22.71 (22.68 +- 0.22)", 10_350_836, 1_487_873_024),
     ]),
     ("2016", "Section 5", "ImageNet", imagenet_resnet, [
-        ("resnet101-bn-after-add", {"depth": 101, "unit": "bn_after_add"}, "24.6 / 7.5", 44_541_480, 7_570_194_432),
+        ("resnet101-bn-after-add", {"depth": 101, "unit": "bn_after_add"}, "24.6 / 7.5", 44_549_160, 7_570_194_432),
     ]),
     ("2016", "Table 5", "ImageNet", imagenet_resnet, [
         ("resnet152-original", {"depth": 152}, "21.3 / 5.5", 60_192_808, 11_282_415_616),
