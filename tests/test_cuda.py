@@ -128,23 +128,26 @@ def outcomes(text):
     return {(name, schedule): outcome.split(":")[0] for name, schedule, outcome in lines}
 
 
+def assert_clean(run, program, build, schedules):
+    """One process a core: an emulated program has but one thread."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        each = pool.map(lambda schedule: run(program, build, TINYRES_SCHEDULE=schedule), schedules)
+        for schedule, done in zip(schedules, each, strict=True):
+            assert done.returncode == 0, f"{schedule}: {done.stdout}{done.stderr}"
+            assert "runtime error" not in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("program", ["compat_test", "emulation_test"])
 def test_program(run, program, build):
-    for schedule in SCHEDULES:
-        done = run(program, build, TINYRES_SCHEDULE=schedule)
-        assert done.returncode == 0, f"{schedule}: {done.stdout}{done.stderr}"
-        assert "runtime error" not in done.stderr, done.stderr
+    assert_clean(run, program, build, SCHEDULES)
 
 
 @pytest.mark.parametrize("build", [build for build in BUILDS if build != "ucontext"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels(run, kernel, build):
     """ThreadSanitizer, slow, sees a race in whatever order the threads run: two will do."""
-    for schedule in SCHEDULES if build != "thread" else ("forward", "random:1"):
-        done = run(kernel, build, TINYRES_SCHEDULE=schedule)
-        assert done.returncode == 0, f"{schedule}: {done.stdout}{done.stderr}"
-        assert "runtime error" not in done.stderr, done.stderr
+    assert_clean(run, kernel, build, SCHEDULES if build != "thread" else ["forward", "random:1"])
 
 
 @pytest.mark.parametrize("build", BUILDS)
