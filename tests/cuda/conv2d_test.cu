@@ -87,6 +87,15 @@ void test_shape(const Kernels<T>& k, const Window& s, unsigned seed) {
                    [&](T* dx) { k.conv2d_backward_input(dx, dy.data(), w.data(), s, algorithm, false); });
       check_run<Wide<T>>(w.size(), want.dw, wide_ulps,
                          [&](Wide<T>* dw) { k.conv2d_backward_weight(dw, dy.data(), at, s, algorithm); });
+      Array<T> bias(int(s.K)), residual(dy.size());
+      fill_integers(bias, seed + 4), fill_integers(residual, seed + 5);
+      std::vector<double> finished = want.y;
+      for (int i = 0; i < residual.size(); i++) {
+        double& y = finished[std::size_t(i)];
+        y = std::max(0.0, y + value(bias[i % int(s.K)]) + value(residual[i]));
+      }
+      const Epilogue<T> epilogue{bias.data(), residual.data(), true};
+      check_run<T>(dy.size(), finished, ulps, [&](T* y) { k.conv2d_forward(y, at, w.data(), epilogue, s, algorithm); });
       Array<T> total(shifted.size());
       fill_integers(total, seed + 3);
       std::vector<double> sum = want.dx;
