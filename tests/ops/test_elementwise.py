@@ -132,3 +132,10 @@ def test_integers_are_exact(name, dtype, device, rng):
     ]
     got = getattr(ops, name)(tinyres.tensor(a, device=device), tinyres.tensor(b, device=device)).numpy()
     assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_infinite_gradient_goes_only_to_the_larger(device):
+    a, b = (tinyres.tensor(np.array(values), requires_grad=True, device=device) for values in ([1.0, 3], [2.0, 2]))
+    ops.maximum(a, b).backward(np.array([np.inf, -np.inf]))
+    assert a.grad.tolist() == [0, -np.inf] and b.grad.tolist() == [np.inf, 0]

@@ -86,3 +86,11 @@ def test_labels_may_be_views_of_any_integers(device, rng):
     want = ops.cross_entropy(logits, labels[:, 0].copy()).item()
     for view in (labels[:, 0], labels[::-1, 0][::-1], labels[:, 0].astype(np.uint8), [1, 0, 4, 2]):
         assert ops.cross_entropy(logits, view).item() == want
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_impossible_class_costs_nothing(device):
+    """A logit of -inf masks a class: the loss is that of the others, as long as nothing is smoothed."""
+    masked = tinyres.tensor(np.array([[0.5, -np.inf, 1.0]]), device=device)
+    others = tinyres.tensor(np.array([[0.5, 1.0]]), device=device)
+    assert ops.cross_entropy(masked, [2]).item() == pytest.approx(ops.cross_entropy(others, [1]).item(), rel=1e-15)

@@ -71,10 +71,11 @@ def test_any_geometry_on_integers(device, name, g, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_padding_never_wins(device):
-    x = tinyres.tensor(np.full((1, 3, 3, 2), -5.0), requires_grad=True, device=device)
+@pytest.mark.parametrize("value", (-5, -np.inf))
+def test_padding_never_wins(device, value):
+    x = tinyres.tensor(np.full((1, 3, 3, 2), float(value)), requires_grad=True, device=device)
     y = ops.max_pool2d(x, 3, 2, 1)
-    assert (y.numpy() == -5).all()
+    assert (y.numpy() == value).all()
     y.backward(np.ones(y.shape))
     assert x.grad.sum() == y.size
 

@@ -45,8 +45,8 @@ def maximum(a, b):
 
 
 def maximum_backward(dy, a, b):
-    tie = 0.5 * (a == b)
-    return dy * ((a > b) + tie).astype(dy.dtype), dy * ((b > a) + tie).astype(dy.dtype)
+    half = np.where(a == b, dy * dy.dtype.type(0.5), np.zeros((), dy.dtype))
+    return np.where(a > b, dy, half), np.where(b > a, dy, half)
 
 
 def accumulate(total, x):
@@ -251,7 +251,9 @@ def max_pool2d_forward(x, window, stride, padding):
     P, Q = output_size(x.shape, window, stride, padding)
     padded = _padded(x, padding, -np.inf)
     stack = np.stack([view for _, _, view in _taps(padded, window, stride, (P, Q))])
-    argmax = stack.argmax(0)
+    inside = _padded(np.ones(x.shape, bool), padding, False)
+    first = np.stack([view for _, _, view in _taps(inside, window, stride, (P, Q))]).argmax(0)
+    argmax = np.where(stack.max(0) == -np.inf, first, stack.argmax(0))  # padding never wins, not even a tie
     return np.take_along_axis(stack, argmax[None], 0)[0], argmax.astype(np.int32)
 
 
@@ -296,7 +298,7 @@ def cross_entropy(logits, labels, smoothing):
     log_softmax = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     target = np.full((N, K), smoothing / K)
     target[np.arange(N), labels] += 1 - smoothing
-    loss = -(target * log_softmax).sum() / N
+    loss = -(target * np.where(target == 0, 0, log_softmax)).sum() / N  # 0 times an infinite one is nothing
     return np.asarray(loss, logits.dtype), ((np.exp(log_softmax) - target) / N).astype(logits.dtype)
 
 
