@@ -188,8 +188,9 @@ class Call {
 
   template <class T>
   const T* whole_strides(const char* name, const Array& array) const {
-    for (py::ssize_t i = 0; i < array.ndim(); i++) {
-      expect_array(array.strides(i) % py::ssize_t(sizeof(T)) == 0, name, "must have strides of whole elements");
+    for (py::ssize_t i = 0; i < array.ndim() && array.size() > 0; i++) {
+      const bool whole = array.shape(i) == 1 || array.strides(i) % py::ssize_t(sizeof(T)) == 0;  // 1: nothing to step
+      expect_array(whole, name, "must have strides of whole elements");
     }
     return static_cast<const T*>(array.data());
   }

@@ -1,6 +1,8 @@
 // tinyres._cpu: the CPU's kernels over NumPy arrays, its thread pool and its allocator.
 #include <pybind11/numpy.h>
 
+#include <new>
+
 namespace tinyres {
 using Array = pybind11::array;
 constexpr bool ON_HOST = true, BFLOAT16 = false;
@@ -30,7 +32,7 @@ Array empty(const std::vector<py::ssize_t>& shape, const py::object& dtype) {
     call.expect(size >= 0, "sizes must not be negative");
     fits = fits && !__builtin_mul_overflow(bytes, std::max<i64>(size, 1), &bytes);
   }
-  call.expect(fits, "the array is too large");
+  if (!fits) throw std::bad_alloc();  // as for what is less absurd
 
   void* const block = memory_take(std::size_t(bytes));
   PyObject* const owner =

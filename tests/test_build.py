@@ -335,7 +335,6 @@ MALFORMED = {
     ),
     "philox dtype": ("philox", i32(4), 1, 2),
     "empty negative": ("empty", (2, -1), "float32"),
-    "empty too large": ("empty", (2**40, 2**40), "float32"),
     "empty of objects": ("empty", (2,), object),
     "empty of text": ("empty", (2,), "U3"),
     "empty fraction": ("empty", (1.5,), "float32"),
@@ -360,9 +359,10 @@ def test_a_refusal_names_the_kernel_and_the_argument():
         _cpu.cross_entropy(f32(), f32(2, 3), f32(2, 3), i32(2), 0.0)
 
 
-def test_more_memory_than_there_is():
+@pytest.mark.parametrize("shape", [(2**50,), (2**40, 2**40)])
+def test_more_memory_than_there_is(shape):
     with pytest.raises(MemoryError):
-        _cpu.empty((2**50,), "uint8")
+        _cpu.empty(shape, "uint8")
 
 
 def test_empty_arrays_pass_through():
