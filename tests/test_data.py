@@ -654,6 +654,8 @@ def test_constants_may_be_numbers_and_labels_of_any_integer_type():
         ({"mean": np.zeros(4)}, ShapeError),
         ({"mean": "grey"}, DtypeError),
         ({"mean": np.nan}, ArgumentError),
+        ({"mean": 1e39}, ArgumentError),
+        ({"batch_size": np.timedelta64(1)}, DtypeError),
         ({"scale": np.zeros((32, 32, 3))}, ShapeError),
         ({"scale": [1, 2, [3]]}, DtypeError),
         ({"augment": 1}, DtypeError),
@@ -666,7 +668,7 @@ def test_loader_refuses(arguments, error):
         data.Loader(**{**usual, "device": "reference", **arguments})
 
 
-@pytest.mark.parametrize("step", (-1, 0.5, "0", None))
+@pytest.mark.parametrize("step", (-1, 0.5, "0", None, 2**63, 10**400, np.timedelta64(1)))
 def test_loader_refuses_a_step(step):
     with pytest.raises(ArgumentError, match=r"^\[data\.Loader\] step must be"):
         data.Loader(*numbered(4), 2, device="reference").batch(step)

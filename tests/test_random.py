@@ -71,7 +71,7 @@ def test_state_goes_on():
     assert random.next_draw("dropout")[1] == draw and random.seed() == saved["seed"]
 
 
-@pytest.mark.parametrize("seed", (-1, 2**64, 1.5, "a", None, True))
+@pytest.mark.parametrize("seed", (-1, 2**64, 1.5, "a", None, True, np.timedelta64(1)))
 def test_bad_seeds(seed):
     with pytest.raises(ArgumentError):
         tinyres.manual_seed(seed)

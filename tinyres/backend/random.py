@@ -75,7 +75,7 @@ class Stream:
 
 
 def _check_seed(op, seed):
-    whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, (bool, np.timedelta64))
     expect(whole and 0 <= seed < 2**64, op, "the seed must be an integer in 0 .. 2**64 - 1", ArgumentError, seed=seed)
     return int(seed)
 

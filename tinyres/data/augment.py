@@ -58,7 +58,7 @@ class Loader:
             expect(condition, "data.Loader", rule, error, **got)
 
         def is_integer(value):
-            return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+            return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.timedelta64))
 
         arrays = isinstance(images, np.ndarray) and isinstance(labels, np.ndarray)
         kinds = {"images": type(images).__name__, "labels": type(labels).__name__}
@@ -95,7 +95,8 @@ class Loader:
     def _constant(self, name, value, shape, shapes):
         """mean or scale as a dense float32 array of `shape`, on the device."""
         try:
-            value = np.asarray(value, np.float32)
+            with np.errstate(over="ignore"):  # an infinity is refused below
+                value = np.asarray(value, np.float32)
         except (TypeError, ValueError):
             expect(False, "data.Loader", f"{name} must hold numbers", DtypeError, **{name: repr(value)})
         expect(value.shape in shapes, "data.Loader", f"{name} must have one of the shapes {shapes}", got=value.shape)
@@ -104,8 +105,9 @@ class Loader:
 
     def batch(self, step: int) -> tuple[Array, Array]:
         """The batch of training step 0, 1, 2, ...: x (N, H, W, C) float32 and labels (N,) int64."""
-        valid = isinstance(step, (int, np.integer)) and step >= 0
-        expect(valid, "data.Loader", "step must be a non-negative integer", ArgumentError, step=repr(step))
+        whole = isinstance(step, (int, np.integer)) and not isinstance(step, np.timedelta64)
+        rule = "step must be an integer in 0 .. 2**63 - 1"
+        expect(whole and 0 <= step < 2**63, "data.Loader", rule, ArgumentError, step=repr(step))
         step = int(step)
         epoch, position = divmod(step, self.steps_per_epoch)
         index = self._order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
