@@ -164,5 +164,8 @@ def _check_statistic(op, name, array, x, training):
         fail(op, f"{name} must have one value per channel", x=x.shape, **{name: array.shape})
     if array.dtype != x.dtype:
         fail(op, f"{name} must have x's dtype", DtypeError, x=x.dtype, **{name: array.dtype})
-    if training and not (array.flags.c_contiguous and getattr(array.flags, "writeable", True)):
+    flags = array.flags
+    if not getattr(flags, "aligned", True):  # CuPy's arrays have no such flags
+        fail(op, f"{name} must be aligned", ArgumentError)
+    if training and not (flags.c_contiguous and getattr(flags, "writeable", True)):
         fail(op, f"{name} must be dense and writable", ArgumentError)
