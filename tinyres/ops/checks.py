@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
-import sys
 from typing import Any, TypeVar
 
 import numpy as np
@@ -50,7 +50,9 @@ def tensors(op: str, a: Any, b: Any) -> tuple[Tensor, Tensor]:
 
 
 def _constant(op, value, like):
-    if isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)):
+    if is_number(value):
+        if like._data.dtype not in FLOATS:
+            operands(op, operand=like)  # refuses it: not every type could hold the number
         try:
             with np.errstate(over="ignore"):
                 return Tensor(like.device.asarray(value, like.dtype), False, like.device)
@@ -113,10 +115,18 @@ def fraction(op: str, name: str, value: Any, one: bool = False) -> float:
 
 def real(op: str, name: str, value: Any) -> float:
     """`value` as a finite float."""
-    number = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_)))
-    if not number or not -sys.float_info.max <= value <= sys.float_info.max:
+    try:
+        number = value if type(value) is float else float(value) if is_number(value) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         fail(op, f"{name} must be a finite number", ArgumentError, **{name: repr(value)})
-    return float(value)
+    return number
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a real number: not a bool, nor a span of time, which NumPy counts among the integers."""
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_, np.timedelta64))
 
 
 def flag(op: str, name: str, value: Any) -> bool:
