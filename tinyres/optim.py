@@ -140,6 +140,8 @@ class SGD:
 
 def without_norm_decay(model: Module) -> list[dict[str, Any]]:
     """Groups for SGD in which the weights of convolutions and linear layers are decayed, and nothing else is."""
+    rule = "needs a Module"
+    expect(isinstance(model, Module), "without_norm_decay", rule, DtypeError, model=type(model).__name__)
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
@@ -161,13 +163,19 @@ def _at_least_zero(name: str, value: Any) -> float:
 
 def _step_decay(lr: float, milestones: Sequence[int], factor: float = 0.1) -> Callable[[int], float]:
     """lr, times `factor` from each iteration of `milestones` on (He et al. 2015, section 4.2: 32000, 48000)."""
+    op = "step_decay"
+    lr, factor = checks.real(op, "lr", lr), checks.fraction(op, "factor", factor, one=True)
+    listed = isinstance(milestones, (tuple, list))
+    expect(listed, op, "milestones must be a tuple or list", DtypeError, milestones=type(milestones).__name__)
+    milestones = [checks.integer(op, "milestones", m, 0) for m in milestones]
     return lambda step: lr * factor ** sum(step >= m for m in milestones)
 
 
 def _one_cycle(lr: float, steps: int, warmup: float = 0.3) -> Callable[[int], float]:
     """From lr / 25 up to lr over the share `warmup` of `steps`, then down to lr / 10000, both along half a cosine
     (Smith and Topin 2017, "Super-convergence")."""
-    expect(steps >= 1, "one_cycle", "at least one step", ArgumentError, steps=steps)
+    lr, steps = checks.real("one_cycle", "lr", lr), checks.integer("one_cycle", "steps", steps, 1)
+    warmup = checks.fraction("one_cycle", "warmup", warmup, one=True)
     top = max(1.0, warmup * steps)
 
     def schedule(step):
