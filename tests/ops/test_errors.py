@@ -101,6 +101,7 @@ VALUES = {
     "a bool array": np.array([True, False]),
     "a NumPy integer": np.int32(1),
     "a NumPy float": np.float64(0.5),
+    "a NumPy span of time": np.timedelta64(1),
     "an ellipsis": ...,
     "a slice": slice(None, None, -1),
     "a slice of texts": slice("a", "b"),
@@ -126,6 +127,7 @@ ARRAYS = {
     "of complex": np.array([1j, 0, 1]),
     "of objects": np.array([0, None, "a"], dtype=object),
     "read-only": np.broadcast_to(np.float64(1), (3,)),
+    "unaligned": np.zeros(3, [("a", "f8"), ("b", "u1")])["a"],
     "strided": np.ones(6)[::2],
     "list with a hole": [0, None, 1],
     "list out of range": [0, 1, 2**80],
@@ -242,6 +244,18 @@ def _calls():
         "MaxPool2d": (nn.MaxPool2d, {"window": 2, "stride": 2, "padding": 0}),
         "AvgPool2d": (nn.AvgPool2d, {"window": 2, "stride": 2, "padding": 0}),
         "Dropout": (nn.Dropout, {"p": 0.5}),
+        "ZeroPadShortcut": (nn.ZeroPadShortcut, {"in_channels": 3, "out_channels": 4, "stride": 2}),
+        "shortcut": (
+            nn.shortcut,
+            {"option": "B", "in_channels": 3, "out_channels": 3, "stride": 1, "norm": True},
+        ),
+        "Gate": (nn.Gate, {"channels": 3, "bias": -6, "exclusive": True}),
+        "join": (nn.ConstantScale(0.5, 2).forward, {"branch": x, "shortcut": x}),
+        "fused join": (nn.BatchNormAddReLU2d(3).forward, {"x": x, "residual": x}),
+        "batch norm in groups": (nn.BatchNorm2d(3, group=1).forward, {"x": x}),
+        "without_norm_decay": (tinyres.optim.without_norm_decay, {"model": 1}),
+        "step_decay": (tinyres.optim.schedules.step_decay, {"lr": 0.1, "milestones": [1], "factor": 0.1}),
+        "one_cycle": (tinyres.optim.schedules.one_cycle, {"lr": 0.1, "steps": 9, "warmup": 0.3}),
         "Parameter": (nn.Parameter, {"array": np.ones(2), "device": "cpu"}),
         "Residual": (nn.Residual, {"shortcut": None, "activation": None, "pre": None, "join": None}),
         "Sequential": (lambda part: nn.Sequential(part), {"part": 1}),
@@ -307,3 +321,21 @@ def test_messages(message):
 def test_absurd_sizes(call):
     with pytest.raises(TinyresError):
         call(tinyres.tensor(np.ones((1, 2, 2, 1))))
+
+
+def test_half_precision_numbers_are_numbers():
+    """float16 cannot hold the largest float64: compared with it, NumPy warns."""
+    assert ops.dropout(tensor(3), np.float16(0), True).shape == (3,)
+    nn.Gate(2, 1e39, True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", ((1,), (2, 1, 1), (0, 3)))
+def test_strides_of_axes_that_have_no_steps(shape, device):
+    """NumPy calls a field of a record aligned where no step is ever made by its odd strides."""
+    field = np.zeros((2, *shape), [("a", "f4"), ("b", "u1")])["a"][0]
+    if field.ndim > 1 and field.shape[0] == 2:
+        field = field[:1]
+    assert field.flags.aligned
+    x = tinyres.tensor(field, device=device)
+    assert (x + 1).numpy().tolist() == (field + 1).tolist()

@@ -119,8 +119,12 @@ class BatchNorm2d(Module):
             self.running_var = self.running_var.astype(self.gamma.dtype)
         statistics = self.running_mean, self.running_var
         parameters = self.gamma, self.beta, *statistics, self.training, self.momentum, self.eps
-        images, group = len(inputs[0]), self.group
-        if group is None or not self.training or images <= group:
+        group = self.group
+        if group is None or not self.training:
+            return op(*inputs, *parameters)
+        checks.operands("BatchNorm2d", x=inputs[0])
+        images = len(inputs[0])
+        if images <= group:
             return op(*inputs, *parameters)
         parts = [slice(begin, begin + group) for begin in range(0, images, group)]
         return ops.concatenate([op(*[x[part] for x in inputs], *parameters) for part in parts])

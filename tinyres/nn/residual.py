@@ -67,6 +67,8 @@ class ZeroPadShortcut(Module):
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
+        in_channels = checks.integer("ZeroPadShortcut", "in_channels", in_channels, 1)
+        out_channels = checks.integer("ZeroPadShortcut", "out_channels", out_channels, 1)
         expect(
             out_channels >= in_channels,
             "ZeroPadShortcut",
@@ -75,7 +77,8 @@ class ZeroPadShortcut(Module):
             in_channels=in_channels,
             out_channels=out_channels,
         )
-        self.stride, self.new_channels = stride, out_channels - in_channels
+        self.stride = checks.integer("ZeroPadShortcut", "stride", stride, 1)
+        self.new_channels = out_channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
         before = self.new_channels // 2
@@ -95,6 +98,9 @@ def shortcut(option: str, in_channels: int, out_channels: int, stride: int, norm
     Raises ArgumentError for another option.
     """
     option = checks.choice("shortcut", "option", option, ("A", "B", "C"))
+    in_channels = checks.integer("shortcut", "in_channels", in_channels, 1)
+    out_channels = checks.integer("shortcut", "out_channels", out_channels, 1)
+    stride, norm = checks.integer("shortcut", "stride", stride, 1), checks.flag("shortcut", "norm", norm)
     if option != "C" and stride == 1 and in_channels == out_channels:
         return None
     if option == "A":
@@ -112,7 +118,7 @@ class ConstantScale(Module):
         self.branch_scale = checks.real("ConstantScale", "branch_scale", branch_scale)
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        return self.shortcut_scale * shortcut + self.branch_scale * branch
+        return ops.add(ops.mul(self.shortcut_scale, shortcut), ops.mul(self.branch_scale, branch))
 
     def extra_repr(self) -> str:
         return f"{self.shortcut_scale}, {self.branch_scale}"
@@ -130,7 +136,8 @@ class Gate(Module):
         bias = checks.real("Gate", "bias", bias)
         self.exclusive = checks.flag("Gate", "exclusive", exclusive)
         self.conv = Conv2d(channels, channels, 1, bias=True)
-        self.conv.bias = Parameter(np.full(channels, bias, np.float32))
+        with np.errstate(over="ignore"):  # a gate may be as good as closed
+            self.conv.bias = Parameter(np.full(channels, bias, np.float32))
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
         g = ops.sigmoid(self.conv(shortcut))
