@@ -110,9 +110,11 @@ thread_local std::vector<std::pair<void*, pybind11::object>> scratch_blocks;
 
 void* scratch_take(std::size_t bytes) {
   const pybind11::gil_scoped_acquire gil;
+  if (!allocate) throw pybind11::value_error("scratch memory needs an allocator: call connect first");
   pybind11::object block = (*allocate)(bytes);
   Array array;
-  if (!array.describe(block)) throw pybind11::type_error("the allocator must return an array");
+  if (!array.describe(block) || !array.flags() || std::size_t(array.size() * array.itemsize()) < bytes)
+    throw pybind11::type_error("the allocator must return a dense array of as many bytes as it was asked for");
   scratch_blocks.emplace_back(const_cast<void*>(array.data()), std::move(block));
   return scratch_blocks.back().first;
 }

@@ -352,6 +352,24 @@ def test_bindings_refuse_malformed_calls(case):
         getattr(_cpu, name)(*arguments)
 
 
+@pytest.mark.parametrize(
+    "allocator, error", [(None, "ValueError"), ("lambda n: None", "TypeError"), ("lambda n: bytes[:1]", "TypeError")]
+)
+def test_cuda_kernels_need_an_allocator(allocator, error):
+    program = f"""
+import numpy as np
+from tinyres import _emulated
+bytes = np.empty(1 << 20, np.uint8)
+{f"_emulated.connect({allocator}, None)" if allocator else ""}
+y, x = np.ones((1, 1), np.float32), np.ones((1, 100_000, 1), np.float32)
+try:
+    _emulated.sum(y, x)
+except {error}:
+    print("refused")
+"""
+    assert run_python(program).stdout.split() == ["refused"]
+
+
 def test_a_refusal_names_the_kernel_and_the_argument():
     with pytest.raises(ValueError, match=r"^\[add_relu\] b must have shape \(2, 3\); got \(3, 2\)$"):
         _cpu.add_relu(f32(2, 3), f32(2, 3), f32(3, 2))
