@@ -63,3 +63,11 @@ def test_values(device, dtype, rng):
     for name, (got, want) in pairs.items():
         assert got.dtype == dtype, name
         assert np.array_equal(got.numpy(), want), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("index", (np.array(1), np.int8(1), np.uint64(1)))
+def test_the_gradient_through_an_integer_of_numpy(index, device):
+    x = tinyres.tensor(np.zeros((3, 2)), requires_grad=True, device=device)
+    (x[index] + x[:, index].sum()).sum().backward()
+    assert x.grad.tolist() == [[0, 2], [1, 3], [0, 2]]

@@ -99,6 +99,9 @@ def transpose(x: Tensor, axes: Sequence[int] | None = None) -> Tensor:
     return Transpose.apply(x, axes=tuple([a % x.ndim for a in axes]))
 
 
+_BASIC = (slice, type(None), type(...))
+
+
 def getitem(x: Tensor, index: Index) -> Tensor:
     """`x[index]` for basic indices: integers, slices (with steps), Ellipsis and None.
 
@@ -106,9 +109,8 @@ def getitem(x: Tensor, index: Index) -> Tensor:
     """
     checks.operands("getitem", x=x)
     index = index if isinstance(index, tuple) else (index,)
-    for i in index:
-        if not isinstance(i, slice) and i is not None and i is not Ellipsis:
-            checks.integer("getitem", "index", i, -checks.LIMIT)
+    # An array () would be an integer too, but for NumPy it makes a copy, into which backward would write in vain.
+    index = tuple([i if isinstance(i, _BASIC) else checks.integer("getitem", "index", i, -checks.LIMIT) for i in index])
     expect(sum(i is Ellipsis for i in index) <= 1, "getitem", "one Ellipsis at most", index=index)
     if Ellipsis not in index:
         index = (*index, Ellipsis)  # so that the result is an array even where every axis gets an integer
