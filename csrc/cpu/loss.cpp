@@ -30,8 +30,8 @@ double cross_entropy_row(T* dx, const T* x, i64 label, double smoothing, i64 N, 
     const double target = j == label ? 1 - smoothing + everywhere : everywhere;
     dx[j] = T((double(dx[j]) / sum - target) / double(N));
   }
-  double loss = (1 - smoothing) * (log_sum - double(x[label] - largest));
-  // Apart, because a logit of -inf is legal without smoothing, and 0 * inf is not 0.
+  // Apart, because a logit of -inf is legal where it does not count, and 0 * inf is not 0.
+  double loss = smoothing < 1 ? (1 - smoothing) * (log_sum - double(x[label] - largest)) : 0;
   if (smoothing > 0) loss += everywhere * (double(K) * log_sum - sum_z);
   return loss;
 }

@@ -55,8 +55,9 @@ __global__ void cross_entropy_row(double* losses, T* __restrict__ dlogits, const
   }
   if (threadIdx.x) return;
   const double log_sum = log(sum);
-  double loss = exists ? (1 - smoothing) * (log_sum - double(wide(x[label]) - largest)) : double(NAN);
-  // Apart, because a logit of -inf is legal without smoothing, and 0 * inf is not 0.
+  // Apart, because a logit of -inf is legal where it does not count, and 0 * inf is not 0.
+  double loss = exists ? 0 : double(NAN);
+  if (exists && smoothing < 1) loss = (1 - smoothing) * (log_sum - double(wide(x[label]) - largest));
   if (smoothing > 0) loss += everywhere * (double(K) * log_sum - sum_z);
   losses[row] = loss;
 }

@@ -94,3 +94,9 @@ def test_an_impossible_class_costs_nothing(device):
     masked = tinyres.tensor(np.array([[0.5, -np.inf, 1.0]]), device=device)
     others = tinyres.tensor(np.array([[0.5, 1.0]]), device=device)
     assert ops.cross_entropy(masked, [2]).item() == pytest.approx(ops.cross_entropy(others, [1]).item(), rel=1e-15)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_all_smoothed_an_impossible_class_is_infinite(device):
+    x = tinyres.tensor(np.array([[0.5, -np.inf, 1.0]]), device=device)
+    assert ops.cross_entropy(x, [1], 1.0).item() == ops.cross_entropy(x, [0], 1.0).item() == np.inf
