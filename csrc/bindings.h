@@ -70,8 +70,9 @@ bool holds(const Array& array) {
   const py::dtype type = array.dtype();
   if constexpr (std::is_same_v<T, bf16>) return is_bfloat16(type);
   const char kind = std::is_floating_point_v<T> ? 'f' : std::is_signed_v<T> ? 'i' : 'u';
+  constexpr char native = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? '<' : '>';  // as it is called after a swap
   return type.kind() == kind && array.itemsize() == py::ssize_t(sizeof(T)) &&
-         (type.byteorder() == '=' || type.byteorder() == '|');
+         (type.byteorder() == '=' || type.byteorder() == '|' || type.byteorder() == native);
 }
 
 template <class T>

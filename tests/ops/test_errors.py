@@ -339,3 +339,11 @@ def test_strides_of_axes_that_have_no_steps(shape, device):
     assert field.flags.aligned
     x = tinyres.tensor(field, device=device)
     assert (x + 1).numpy().tolist() == (field + 1).tolist()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bytes_that_were_swapped_twice(device):
+    """NumPy then calls the machine's own order by its name, not `=`."""
+    swapped = np.arange(3, dtype=np.float32).astype(">f4")
+    back = swapped.astype(swapped.dtype.newbyteorder())
+    assert ops.neg(tinyres.tensor(back, device=device)).numpy().tolist() == [0, -1, -2]
