@@ -5,6 +5,7 @@ import pytest
 
 import tinyres
 from op_case import DEVICES
+from tinyres import nn
 from tinyres.errors import ArgumentError, CheckpointError, DtypeError, ShapeError
 from tinyres.optim import SGD, schedules
 
@@ -159,3 +160,10 @@ def test_schedules():
     assert rates[0] == pytest.approx(0.4 / 25) and max(rates) == rates[30] == pytest.approx(0.4)
     assert rates[-1] < 0.4 / 500 and all(b > a for a, b in zip(rates[:30], rates[1:31], strict=True))
     assert schedules.one_cycle(0.4, 1)(0) > 0
+
+
+def test_a_gradient_that_is_not_aligned():
+    p = nn.Parameter(np.ones(3, np.float32))
+    p.grad = np.zeros(3, [("a", "u1"), ("b", "f4")])["b"]
+    SGD([p], 0.1).step()
+    assert p.data.tolist() == [1, 1, 1]

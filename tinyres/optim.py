@@ -78,6 +78,7 @@ class SGD:
             fits = given == (p.shape, p.dtype) and p.device.owns(p.grad)
             rule = "a gradient must be an array of its parameter's shape and dtype, on its device"
             expect(fits, "SGD", rule, parameter=(p.shape, p.dtype), gradient=given)
+            p.grad = p.device.asarray(p.grad)  # aligned, where it was assigned from outside
             flags = p.data.flags
             if not (flags.c_contiguous and getattr(flags, "writeable", True)):  # CuPy's arrays are all writable
                 p.data = p.data.copy()  # assigned from outside: kernels update dense arrays of our own
