@@ -236,11 +236,11 @@ def batch_norm_backward(dy, x, gamma, mean, inv_std, overwrite=False):
 
 
 def batch_norm_inference(x, gamma, beta, mean, var, eps):
-    return gamma * (x - mean) * (1 / np.sqrt(var + eps)).astype(x.dtype) + beta
+    return gamma * (x - mean) * (1 / np.sqrt(var.astype(np.float64) + eps)).astype(x.dtype) + beta
 
 
 def batch_norm_inference_backward(dy, x, gamma, mean, var, eps):
-    inv_std = (1 / np.sqrt(var + eps)).astype(x.dtype)
+    inv_std = (1 / np.sqrt(var.astype(np.float64) + eps)).astype(x.dtype)
     return dy * gamma * inv_std, sum_to(dy * (x - mean) * inv_std, gamma.shape), sum_to(dy, gamma.shape)
 
 
