@@ -655,6 +655,7 @@ def test_constants_may_be_numbers_and_labels_of_any_integer_type():
         ({"mean": "grey"}, DtypeError),
         ({"mean": np.nan}, ArgumentError),
         ({"mean": 1e39}, ArgumentError),
+        ({"mean": 1j}, DtypeError),
         ({"batch_size": np.timedelta64(1)}, DtypeError),
         ({"scale": np.zeros((32, 32, 3))}, ShapeError),
         ({"scale": [1, 2, [3]]}, DtypeError),
@@ -686,3 +687,9 @@ def test_statistics():
         data.statistics(images.astype(np.float32))
     with pytest.raises(ShapeError):
         data.statistics(images[0])
+
+
+def test_a_batch_size_of_few_bits():
+    """-(-8 // 3) is not a uint8."""
+    loader = data.Loader(*numbered(8), np.uint8(3), device="reference")
+    assert loader.steps_per_epoch == 3 and type(loader.steps_per_epoch) is int

@@ -83,7 +83,7 @@ class Loader:
         self.images = self.device.asarray(np.ascontiguousarray(images))
         self.labels = self.device.asarray(labels, np.int64)
         self._in_order = self.device.asarray(np.arange(len(images)))
-        self.batch_size = int(batch_size)
+        self.batch_size = batch_size = int(batch_size)
         self.mean = self._constant("mean", mean, (H, W, C), [(), (C,), (H, W, C)])
         self.scale = self._constant("scale", scale, (C,), [(), (C,)])
         self.augment, self.shuffle = augment, shuffle
@@ -95,8 +95,11 @@ class Loader:
     def _constant(self, name, value, shape, shapes):
         """mean or scale as a dense float32 array of `shape`, on the device."""
         try:
+            value = np.asarray(value)
+            if value.dtype.kind == "c":
+                raise TypeError("its imaginary part would be lost")
             with np.errstate(over="ignore"):  # an infinity is refused below
-                value = np.asarray(value, np.float32)
+                value = value.astype(np.float32)
         except (TypeError, ValueError):
             expect(False, "data.Loader", f"{name} must hold numbers", DtypeError, **{name: repr(value)})
         expect(value.shape in shapes, "data.Loader", f"{name} must have one of the shapes {shapes}", got=value.shape)
