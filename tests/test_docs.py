@@ -42,7 +42,7 @@ def test_the_ten_lines_train():
     assert loss.item() < first / 2
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/winograd.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/determinism.md", "docs/winograd.md"])
 def test_named_files_exist(document):
     text = (ROOT / document).read_text()
     named = re.findall(r"\b(?:tinyres|csrc|examples|benchmarks|tests|docs)/[\w./]+\.(?:py|cpp|h|md)\b", text)
