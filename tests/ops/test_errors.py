@@ -323,6 +323,13 @@ def test_absurd_sizes(call):
         call(tinyres.tensor(np.ones((1, 2, 2, 1))))
 
 
+@pytest.mark.parametrize("eps", (0, -1e-5, 1e-320, 1e39))
+def test_eps_is_positive_in_float32(eps):
+    for call in (lambda: nn.BatchNorm2d(3, eps=eps), lambda: ops.batch_norm(tensor(2, 3), *[tensor(3)] * 2, eps=eps)):
+        with pytest.raises(ArgumentError, match="eps must be positive, and so in float32"):
+            call()
+
+
 def test_half_precision_numbers_are_numbers():
     """float16 cannot hold the largest float64: compared with it, NumPy warns."""
     assert ops.dropout(tensor(3), np.float16(0), True).shape == (3,)

@@ -9,7 +9,6 @@ import numpy as np
 from tinyres import backend, ops
 from tinyres.autograd import Tensor
 from tinyres.backend import Array
-from tinyres.errors import ArgumentError, expect
 from tinyres.nn import init
 from tinyres.nn.module import Module, Parameter
 from tinyres.ops import checks
@@ -102,8 +101,7 @@ class BatchNorm2d(Module):
         self.group = group if group is None else checks.integer("BatchNorm2d", "group", group, 1)
         channels = checks.integer("BatchNorm2d", "channels", channels, 1)
         self.momentum = checks.fraction("BatchNorm2d", "momentum", momentum, one=True)
-        self.eps = checks.real("BatchNorm2d", "eps", eps)
-        expect(self.eps > 0, "BatchNorm2d", "eps must be positive", ArgumentError, eps=eps)
+        self.eps = checks.epsilon("BatchNorm2d", eps)
         self.gamma = Parameter(np.ones(channels, np.float32))
         self.beta = Parameter(np.zeros(channels, np.float32))
         device = backend.get()

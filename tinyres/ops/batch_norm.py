@@ -151,9 +151,7 @@ def _check(op, x, gamma, beta, running_mean, running_var, training, momentum, ep
         fail(op, "running statistics are needed outside of training", ArgumentError)
     if training and x.size == shape[-1]:
         fail(op, "training needs more than one value per channel", x=shape)
-    momentum, eps = checks.fraction(op, "momentum", momentum, one=True), checks.real(op, "eps", eps)
-    if eps <= 0:
-        fail(op, "eps must be positive", ArgumentError, eps=eps)
+    momentum, eps = checks.fraction(op, "momentum", momentum, one=True), checks.epsilon(op, eps)
     return {"running": (running_mean, running_var), "training": training, "momentum": momentum, "eps": eps}
 
 

@@ -19,6 +19,7 @@ Pair = int | tuple[int, int]  # one for both, or (height, width)
 LIMIT = 2**40  # of sizes: beyond any memory, and far from the end of a 64-bit integer
 WINDOW_LIMIT = 2**20  # of windows, strides and padding
 MAX_RANK = 16  # of arrays
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 def operands(op: str, **tensors: Tensor) -> None:
@@ -127,6 +128,14 @@ def real(op: str, name: str, value: Any) -> float:
 def is_number(value: Any) -> bool:
     """Whether `value` is a real number: not a bool, nor a span of time, which NumPy counts among the integers."""
     return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_, np.timedelta64))
+
+
+def epsilon(op: str, value: Any) -> float:
+    """The eps of a batch norm: a float that is positive and finite in float32 too, in which a device may add it."""
+    number = real(op, "eps", value)
+    if not _SMALLEST <= number <= _LARGEST:
+        fail(op, "eps must be positive, and so in float32", ArgumentError, eps=value)
+    return number
 
 
 def flag(op: str, name: str, value: Any) -> bool:
