@@ -271,6 +271,14 @@ SCALARS = (
 )  # fmt: skip
 
 
+# A valid number as something else, which may be as good.
+TYPES = (
+    *(np.int8, np.uint64, np.int64, np.float16, np.float32, np.longdouble, np.array, np.bool_, np.complex64, np.str_),
+    *(bool, int, float, complex, str, Fraction, Decimal, _Index, lambda n: -n, lambda n: n + 2**64, lambda n: [n]),
+    *(lambda n: np.array([n]), lambda n: np.array(n, object), lambda n: slice(n, n), lambda n: n + 1, lambda n: n - 1),
+)
+
+
 def hostile_array(array, d):
     if array.size >= HUGE:
         return array
@@ -312,6 +320,12 @@ def hostile(value, arguments, d):
         else:
             items[place] = hostile(items[place], {str(i): item for i, item in enumerate(items)}, d)
         return type(value)(items)
+    if isinstance(value, (int, float)) and d.chance(0.5):
+        try:
+            with np.errstate(all="ignore"):
+                return d.pick(TYPES)(value)
+        except (OverflowError, TypeError, ValueError):
+            return value  # an int8 is not -200
     return d.pick(SCALARS)
 
 
