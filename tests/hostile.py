@@ -273,7 +273,8 @@ SCALARS = (
 
 # A valid number as something else, which may be as good.
 TYPES = (
-    *(np.int8, np.uint64, np.int64, np.float16, np.float32, np.longdouble, np.array, np.bool_, np.complex64, np.str_),
+    *(np.int8, np.uint64, np.int64, np.float16, np.float32, np.longdouble, np.bool_, np.complex64, np.str_),
+    *(np.array, np.array, np.array),
     *(bool, int, float, complex, str, Fraction, Decimal, _Index, lambda n: -n, lambda n: n + 2**64, lambda n: [n]),
     *(lambda n: np.array([n]), lambda n: np.array(n, object), lambda n: slice(n, n), lambda n: n + 1, lambda n: n - 1),
 )
@@ -398,6 +399,8 @@ def _reshape(d):
 
 def _getitem(d):
     x = d.tensor(*d.shape(d.integer(1, 4)))
+    if d.chance(0.5):
+        return {"x": x, "index": d.pick((0, -1))}
     choices = (0, -1, slice(None), slice(None, None, -1), slice(1, None, 2), slice(5, 2), slice(-2, None))
     index = [d.pick(choices) for _ in range(d.integer(0, x.ndim))]
     index.insert(d.integer(0, len(index)), d.pick((None, ..., slice(None, 1) if len(index) < x.ndim else None)))
