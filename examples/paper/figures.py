@@ -19,7 +19,7 @@ COLUMNS = 3
 
 
 class Setting(NamedTuple):
-    """What runs have in common that may stand in one figure. `dataset` and `depth` are None where they are the row's."""
+    """What runs in one figure have in common. `dataset` and `depth` are None where they are the row's own."""
 
     epochs: float
     iterations: int
@@ -121,10 +121,7 @@ def gradients_2015(groups):
         axes[0].plot(np.arange(1, len(values) + 1), values, label=_label_2015(group), **style)
     axes[0].set(xlabel="layer", ylabel="norm of the gradient by the weights", yscale="log")
     _legend(axes[0])
-    return (
-        figure,
-        "Norm of the loss's gradient by each layer's weights, on a batch of training images, trained networks.",
-    )
+    return figure, GRADIENTS
 
 
 # 2016 -------------------------------------------------------------------------------------------------------------
@@ -171,10 +168,7 @@ def gradients_2016(groups):
             panel.plot(np.arange(1, len(values) + 1), values, **_style(group, members), label=_label_2016(group))
         panel.set(xlabel="layer", yscale="log", title=_family_words(members[0]), ylabel="norm of the gradient")
         _legend(panel)
-    return (
-        figure,
-        "Norm of the loss's gradient by each layer's weights, on a batch of training images, trained networks.",
-    )
+    return figure, GRADIENTS
 
 
 def shares(groups):
@@ -189,13 +183,14 @@ def shares(groups):
         panel.set(xlabel="residual unit", ylabel="share of the shortcut", ylim=(-0.03, 1.03), title=title)
         if direction:
             _legend(panel)
-    text = (
-        "Share of the signal that passes each residual unit by its shortcut: forward, of the two terms that are added; "
-    )
-    text += "backward, of the two gradients at the unit's input (2016, Eqns. 3 to 8). Dotted: half. Trained networks."
-    return figure, text
+    return figure, SHARES
 
 
+SHARES = (
+    "Share of the signal that passes each residual unit of trained networks by its shortcut: forward, of the two terms "
+    "that are added; backward, of the two gradients that meet at the unit's input (2016, Eqns. 3 to 8). Dotted: half."
+)
+GRADIENTS = "Norm of the loss's gradient by each layer's weights in trained networks, on a batch of training images."
 DRAWN_2015 = {"curves": error_curves, "responses": responses, "gradients": gradients_2015}
 DRAWN_2016 = {"curves": loss_curves, "gradients": gradients_2016, "shares": shares}
 

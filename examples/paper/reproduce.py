@@ -2,7 +2,7 @@
 
     python examples/paper/reproduce.py --list                               the experiments and their rows
     python examples/paper/reproduce.py 2015-table6 --depths 20 56 --seeds 3     the papers' 64k iterations
-    python examples/paper/reproduce.py 2015-fig6 --depths 20 56 --epochs 10     a short look; no reproduction, and told so
+    python examples/paper/reproduce.py 2015-fig6 --depths 20 56 --epochs 10     short: no reproduction, and reported so
     python examples/paper/reproduce.py 2016-table1 --depth 20 --epochs 10       the same ablations of small networks
     python examples/paper/reproduce.py report                               runs/paper/report/report.html, report.md
 
@@ -16,7 +16,6 @@ Exit status: 0 when all is done, 1 on an error or where a run failed, 128 + sign
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -60,9 +59,7 @@ def parse_arguments():
     add("--threads", type=int, help="CPU threads (all)")
     add("--collect", action="store_true", help="train nothing, only gather the runs that are complete")
     place = argparse.ArgumentParser(add_help=False)
-    place.add_argument(
-        "--runs", type=Path, default=RUNS, metavar="DIR", help=f"where the runs and results lie ({RUNS})"
-    )
+    place.add_argument("--runs", type=Path, default=RUNS, metavar="DIR", help=f"of runs and results ({RUNS})")
     commands = parser.add_subparsers(dest="command", metavar="EXPERIMENT or report")
     for name in experiments():
         commands.add_parser(name, parents=[runs, place], help=TITLES[name], description=TITLES[name])

@@ -14,9 +14,10 @@ from experiments import DATASETS, TITLES, TRAIN_IMAGES, experiments, recipe_of
 from tinyres.checkpoint import write_atomic
 from tinyres.errors import CheckpointError, expect
 from tinyres.models import Entry
+from tinyres.recipes import RECIPES
 from tinyres.train import duration
 
-HEAD = ["row", "paper, test error %", "ours, test error %", "training error %", "made of", "data", "device", "so"]
+HEAD = ["row", "paper, test error %", "ours, test error %", "training error %", "made of", "data", "device", "verdict"]
 MEDIAN_OF = 5  # runs, of which the 2016 paper gives the median
 
 
@@ -31,10 +32,8 @@ class Group(NamedTuple):
         """What has to be the same for curves to be drawn in one figure."""
         run = self.runs[0]
         replaced = run["depth"] if run["depth"] != self.entry.arguments["depth"] else None
-        own = DATASETS[self.entry.dataset]
-        return figures.Setting(
-            run["epochs"], run["iterations"], None if run["dataset"] == own else run["dataset"], replaced
-        )
+        other = run["dataset"] if run["dataset"] != DATASETS[self.entry.dataset] else None
+        return figures.Setting(run["epochs"], run["iterations"], other, replaced)
 
 
 def groups_of(entry, records):
@@ -55,7 +54,7 @@ def shortcomings(group):
         words.append(f"depth {run['depth']} for {entry.arguments['depth']}")
     if run["iterations"] < recipe.iterations:
         paper = recipe.iterations / run["steps_per_epoch"]
-        words.append(f"{run['epochs']:.4g} epochs of {paper:.0f}")
+        words.append(f"{plural(run['epochs'], 'epoch')} of {paper:.0f}")
     if run["dataset"] != DATASETS[entry.dataset]:
         words.append(f"on {run['dataset']}")
     elif run["train_images"] < TRAIN_IMAGES:
@@ -65,11 +64,14 @@ def shortcomings(group):
 
 def verdict(group):
     """Such as "10 epochs of 164, 2 seeds: not a reproduction": only full runs of several seeds are one."""
-    words = shortcomings(group)
-    count = f"{len(group.runs)} seed{'s' if len(group.runs) > 1 else ''}"
-    if words or len(group.runs) == 1:
-        return f"{', '.join([*words, count])}: not a reproduction"
-    return f"{group.runs[0]['iterations']:,} iterations, {count}: a reproduction"
+    words, seeds = shortcomings(group), len({run["seed"] for run in group.runs})
+    if words or seeds == 1:
+        return f"{', '.join([*words, plural(seeds, 'seed')])}: not a reproduction"
+    return f"{group.runs[0]['iterations']:,} iterations, {seeds} seeds: a reproduction"
+
+
+def plural(count, word):
+    return f"{count:.4g} {word}" + ("" if count == 1 else "s")
 
 
 def figure_of(group, name="test_error"):
@@ -94,7 +96,7 @@ def table_of(entries, results):
         for group in groups:
             runs = group.runs
             seeds = ", ".join(str(run["seed"]) for run in runs)
-            made = f"seed{'s' if len(runs) > 1 else ''} {seeds}; {runs[0]['epochs']:.4g} epochs"
+            made = f"{plural(runs[0]['epochs'], 'epoch')}, seed{'s' if len(runs) > 1 else ''} {seeds}"
             devices = ", ".join(sorted({run["device"] for run in runs}))
             figure, training = figure_of(group), figure_of(group, "train_error").split(" (")[0]
             rows.append([entry.name, paper, figure, training, made, runs[0]["dataset"], devices, verdict(group)])
@@ -153,19 +155,23 @@ def report(paths, out):
     return 0
 
 
-INTRODUCTION = (
-    "Test error on the whole test set after the last epoch, mean ± standard deviation over seeds. Only runs of the "
-    "paper's length, depth and data with more than one seed are called a reproduction; all others show no more than "
-    "that the experiment can be run. The training error is the running one of the last epoch, on augmented images."
-)
-IMAGENET = "The ImageNet tables of both papers belong to examples/imagenet_resnet.py."
+INTRODUCTION = [
+    "Error on the whole test set after the last epoch, mean ± standard deviation over seeds. Only runs of the paper's "
+    "length, depth and data with more than one seed are called a reproduction; all others show no more than that the "
+    'experiment can be run. "fail" is the paper\'s word for an error above 20 %. The training error is the running one '
+    "of the last epoch, on augmented images.",
+    "Known to differ from the papers: "
+    + "; ".join(f"{name}: {RECIPES[name].departs}" for name in ("paper2015", "paper2016") if RECIPES[name].departs)
+    + ".",
+    "The ImageNet tables of both papers belong to examples/imagenet_resnet.py.",
+]
 
 
 def markdown(sections, results, note):
     def table(head, rows):
         return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
-    parts = ["# The papers' CIFAR experiments", INTRODUCTION, IMAGENET, *([note] if note else [])]
+    parts = ["# The papers' CIFAR experiments", *INTRODUCTION, *([note] if note else [])]
     for name, entries, drawn in sections:
         parts += [f"## {name}: {TITLES[name]}", table(HEAD, table_of(entries, results))]
         parts += [f"![{figure.caption}]({figure.name}.png)\n\n{figure.caption}" for figure in drawn]
@@ -197,7 +203,7 @@ def page(sections, results, note):
         lines = [line(head, "th"), *(line(row, "td") for row in rows)]
         return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
-    parts = [paragraph(text) for text in (INTRODUCTION, IMAGENET, note) if text]
+    parts = [paragraph(text) for text in (*INTRODUCTION, note) if text]
     for name, entries, drawn in sections:
         parts += [f"<h2>{name}: {html.escape(TITLES[name])}</h2>", table(HEAD, table_of(entries, results))]
         for figure in drawn:
@@ -208,7 +214,6 @@ def page(sections, results, note):
         if rows:
             parts.append(f"<details><summary>{len(rows)} runs</summary>{table(head, rows)}</details>")
     title = "The papers' CIFAR experiments"
-    start = f'<!DOCTYPE html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{title}</title>'
-    return (
-        f"{start}<style>{STYLE}</style></head>\n<body>\n<h1>{title}</h1>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
-    )
+    head = f'<head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>'
+    body = "\n".join([f"<h1>{title}</h1>", *parts])
+    return f'<!DOCTYPE html>\n<html lang="en">\n{head}\n<body>\n{body}\n</body>\n</html>\n'
