@@ -104,7 +104,8 @@ def responses(groups):
         style = {"color": colour, "linestyle": "--" if _is_plain(group) else "-", "linewidth": 1.6}
         for panel, ordered in zip(axes, (values, np.sort(values)[::-1]), strict=True):
             panel.plot(np.arange(1, len(values) + 1), ordered, label=_label_2015(group), **style)
-    axes[0].set(title="original order", ylabel="standard deviation of the response", xlabel="3x3 layer", ylim=(0, None))
+    axes[0].set(title="original order", ylabel="standard deviation of the response", xlabel="3x3 layer")
+    axes[0].set_ylim(0, 1.05 * max(line.get_ydata().max() for line in axes[0].lines))
     axes[1].set(title="sorted by magnitude", xlabel="rank of the layer")
     _legend(axes[-1])
     text = "Responses of the 3x3 layers after batch norm, before ReLU or addition, on test images, as in 2015, Fig. 7."

@@ -28,7 +28,7 @@ import tinyres
 from tinyres import analysis, backend, data
 from tinyres.checkpoint import write_atomic
 from tinyres.errors import ArgumentError, CheckpointError, DeviceError, TinyresError, expect
-from tinyres.train import read_metrics
+from tinyres.train import Interrupt, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "cifar_resnet.py"
@@ -121,59 +121,53 @@ def planned(args):
 def run_experiment(args):
     tinyres.options(threads=args.threads)
     failed = []
-    with Signals() as signals:
-        for run in planned(args):
-            folder, source = args.runs / run.name, None
-            if not args.collect and not is_complete(folder, run):
-                print(f"{run.name}: {'going on' if folder.exists() else 'starting'}", flush=True)
-                status, source = train(run, folder, args, signals), commit()
-                if status < 0 or status >= 128:  # by a signal, ours or another's
-                    print(f"stopped in {run.name}; the same command goes on from there")
-                    return 128 - status if status < 0 else status
-                if status:
-                    if not (folder / "config.json").exists():  # the data, a setting: it would be the same for all
-                        return 1
-                    failed.append(run.name)
-                    continue
-            if is_complete(folder, run):
-                collect(run, folder, args.runs / f"{args.command}.json", args.data_dir, source)
-            if signals.arrived:
-                print(f"stopped after {run.name}; the same command goes on with the next run")
-                return 128 + signals.arrived[0]
+    for run in planned(args):
+        folder, source = args.runs / run.name, None
+        if not args.collect and not is_complete(folder, run):
+            print(f"{run.name}: {'going on' if folder.exists() else 'starting'}", flush=True)
+            source, status = commit(), train(run, folder, args)
+            if status >= 128:
+                print(f"stopped in {run.name}; the same command goes on from there")
+                return status
+            if status:
+                if not (folder / "config.json").exists():  # the data, a setting: it would be the same for all
+                    return 1
+                failed.append(run.name)
+                continue
+        if is_complete(folder, run):
+            collect(run, folder, args.runs / f"{args.command}.json", args.data_dir, source)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
 
 
-class Signals:
-    """While in force, Ctrl-C and SIGTERM are only noted, in `.arrived`."""
+def train(run, folder, args):
+    """Run the example to its end and return its exit status, 128 + signal number where a signal ended it or us.
 
-    def __enter__(self):
-        self.arrived = []
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {n: signal.signal(n, lambda number, frame: self.arrived.append(number)) for n in numbers}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def train(run, folder, args, signals):
-    """Run the example to its end and return its exit status; signals that arrive meanwhile are passed on to it."""
+    Ctrl-C and SIGTERM that arrive meanwhile are passed on to it.
+    """
     words = [*run.command(), "--device", args.device, "--out", str(folder), "--resume"]
     words += ["--data-dir", str(args.data_dir)] if args.data_dir else []
     words += ["--threads", str(args.threads)] if args.threads else []
-    # In a session of its own, so that a Ctrl-C of the terminal reaches it once, through us; two would stop it at once.
-    child = subprocess.Popen([sys.executable, str(EXAMPLE), *words], start_new_session=True)
-    sent = 0
-    while True:
-        try:
-            return child.wait(timeout=0.1)
-        except subprocess.TimeoutExpired:
-            for number in signals.arrived[sent:]:
-                child.send_signal(number)
-                sent += 1
+    arrived, sent = [], 0
+    before = {n: signal.signal(n, lambda number, frame: arrived.append(number)) for n in Interrupt.SIGNALS}
+    try:
+        # In a session of its own, so that a Ctrl-C of the terminal reaches it once, through us: two stop it at once.
+        child = subprocess.Popen([sys.executable, str(EXAMPLE), *words], start_new_session=True)
+        while True:
+            try:
+                status = child.wait(timeout=0.1)
+                break
+            except subprocess.TimeoutExpired:
+                for number in arrived[sent:]:
+                    child.send_signal(number)
+                    sent += 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if status == 0 and arrived:  # too late for the run, which is complete
+        return 128 + arrived[0]
+    return 128 - status if status < 0 else status
 
 
 # results ------------------------------------------------------------------------------------------------------------
@@ -293,3 +287,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except (TinyresError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # between two runs: what is written is whole, the rest is made by the same command
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

@@ -18,6 +18,10 @@ from tinyres.recipes import RECIPES
 from tinyres.train import duration
 
 HEAD = ["row", "paper, test error %", "ours, test error %", "training error %", "made of", "data", "device", "verdict"]
+KEYS = (  # of a run in a result file
+    "seed", "depth", "epochs", "iterations", "steps_per_epoch", "dataset", "train_images", "recipe", "bn_group",
+    "device", "environment", "seconds", "test_error", "train_error", "curves", "gradient_norms", "shortcut_shares",
+)  # fmt: skip
 MEDIAN_OF = 5  # runs, of which the 2016 paper gives the median
 
 
@@ -126,7 +130,7 @@ def read(paths):
         try:
             for name, row in json.loads(path.read_text())["rows"].items():
                 for run in row["runs"].values():
-                    _ = [run[key] for key in ("seed", "depth", "epochs", "iterations", "dataset", "curves")]
+                    _ = [run[key] for key in KEYS]
                 results.setdefault(name, {}).update(row["runs"])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise CheckpointError(f"[report] {path} must be a result file of reproduce.py; {error!r}") from None
