@@ -313,10 +313,10 @@ def test_the_measured_network_is_the_trained_one(done, tiny):
     name = "resnet20-depth8-2epochs-seed1"
     record = json.loads((done / "2015-fig6.json").read_text())["rows"]["resnet20"]["runs"][name]
     dataset = tinyres.data.load("cifar10", tiny)
-    mean, scale, _ = tinyres.data.statistics(dataset.train_images)[0], 1 / 255, None
+    pixel_mean = tinyres.data.statistics(dataset.train_images)[0]
     model = models.cifar_resnet(8)
     model.load_state_dict(tinyres.load(done / name / "checkpoint.safetensors")["model"])
-    x = ((dataset.test_images - mean) * np.float32(scale)).astype(np.float32)
+    x = ((dataset.test_images - pixel_mean) / 255).astype(np.float32)
     assert analysis.layer_responses(model, [x]) == pytest.approx(record["layer_responses"], rel=1e-3)
 
 
@@ -383,6 +383,26 @@ def test_no_data_ends_it_at_once(paper, tmp_path, monkeypatch, capfd):
     assert reproduce(paper, *small(tmp_path / "absent", tmp_path / "runs", "2015-table6", "--seeds", 2)) == 1
     assert len([words for (words,) in started if "--depth=8" in words]) == 1
     assert "error: [data.load]" in capfd.readouterr().err
+
+
+def test_a_failed_run_does_not_stop_the_others(paper, tiny, tmp_path, monkeypatch, capsys):
+    """As where one row diverges; and a run that ended by a signal that was not ours stops all."""
+    tried = []
+
+    def train(run, folder, args):
+        tried.append(run.name)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        return statuses.pop(0)
+
+    monkeypatch.setattr(paper.reproduce, "train", train)
+    statuses = [1, 1, 143]
+    words = small(tiny, tmp_path, "2015-table6", "--depths", "20", "32", "44", "56")
+    assert reproduce(paper, *words) == 143
+    assert tried == [f"resnet{depth}-depth8-seed0" for depth in (20, 32, 44)]
+    statuses = [1, 1]
+    assert reproduce(paper, *small(tiny, tmp_path / "more", "2015-table6", "--depths", "20", "32")) == 1
+    assert "failed: resnet20-depth8-seed0, resnet32-depth8-seed0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinyres import ops
-from tinyres.autograd import Function, Handle, Tensor, grad, no_grad, tensor
+from tinyres.autograd import Function, Handle, grad, no_grad, tensor
 from tinyres.backend import Array, random
 from tinyres.errors import ArgumentError, DtypeError, expect
 from tinyres.nn import (
@@ -159,7 +159,7 @@ class _Probe(Module):
         self.norms, self.path = norms, path
 
     def forward(self, x):
-        y: Tensor = _Same.apply(x)
+        y = _Same.apply(x)
 
         def note(gradient):
             self.norms[self.path] = _norm(gradient)
