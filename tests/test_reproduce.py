@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -350,22 +349,21 @@ def test_another_run_in_the_folder_is_refused(paper, done, tiny, tmp_path):
 
 
 def test_stopped_and_resumed(paper, tiny, tmp_path, capfd):
-    """Ctrl-C at this process alone: the run writes its checkpoint, and the same command ends it."""
-    words = small(tiny, tmp_path, "2015-table6", "--rows", "resnet20", "--epochs", 40)
+    """A terminal's Ctrl-C, at the whole group of processes: the run writes its checkpoint, and the same command ends it."""
+    words = [str(word) for word in small(tiny, tmp_path, "2015-table6", "--rows", "resnet20", "--epochs", 40)]
     folder = tmp_path / "resnet20-depth8-40epochs-seed0"
-
-    def interrupt():
-        while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 2:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    handler = signal.getsignal(signal.SIGINT)
-    thread.start()
-    assert reproduce(paper, *words) == 130
-    thread.join()
-    assert signal.getsignal(signal.SIGINT) is handler
-    printed = capfd.readouterr().out
+    metrics = folder / "metrics.jsonl"
+    env = {**os.environ, "PYTHONPATH": str(Path(tinyres.__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    script = subprocess.Popen(
+        [sys.executable, PAPER / "reproduce.py", *words], env=env, start_new_session=True, **pipes
+    )
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(script.pid, signal.SIGINT)
+    printed, _ = script.communicate(timeout=60)
+    assert script.returncode == 130, printed
     assert "of 40; the same command with --resume" in printed and f"stopped in {folder.name}; the same" in printed
     assert 2 <= tinyres.load(folder / "checkpoint.safetensors")["step"] < 40
     assert not (tmp_path / "2015-table6.json").exists()

@@ -7,6 +7,7 @@ side by side that cannot be compared. Matplotlib is imported only here, and only
 from __future__ import annotations
 
 import io
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ class Setting(NamedTuple):
     depth: int | None
 
     def words(self):
-        parts = [f"{self.epochs:.4g} epochs, {self.iterations:,} iterations"]
+        parts = [f"{self.epochs:.4g} epoch{'' if self.epochs == 1 else 's'}, {self.iterations:,} iterations"]
         parts += [f"networks of {self.depth} layers"] if self.depth else []
         parts += [f"data {self.dataset}"] if self.dataset else []
         return ", ".join(parts)
@@ -55,6 +56,8 @@ def draw(experiment, groups):
     settings = {}
     for group in groups:
         settings.setdefault(group.setting, []).append(group)
+    if experiment.startswith("2016"):  # which compares: the original unit alone is no figure
+        settings = {key: members for key, members in settings.items() if not all(map(_is_original, members))}
     drawn = []
     for number, (setting, members) in enumerate(settings.items(), 1):
         for kind, draw_one in (DRAWN_2015 if experiment.startswith("2015") else DRAWN_2016).items():
@@ -80,10 +83,10 @@ def error_curves(groups):
             colour = COLOURS[depths.index(group.entry.arguments["depth"]) % len(COLOURS)]
             x, test = _curve(group, "test_error")
             _, training = _curve(group, "train_error")
-            panel.plot(x, test.mean(0), color=colour, linewidth=2)
+            panel.plot(x, test.mean(0), color=colour, linewidth=2, marker=_marker(x))
             if len(test) > 1:
                 panel.fill_between(x, test.min(0), test.max(0), color=colour, alpha=0.2, linewidth=0)
-            panel.plot(x, training.mean(0), color=colour, linewidth=1.3, linestyle="--")
+            panel.plot(x, training.mean(0), color=colour, linewidth=1.3, linestyle="--", marker=_marker(x))
         panel.set(title=f"{name} networks", xlabel=_time(groups[0])[1], ylim=(0, _top(groups)))
     axes[0].set_ylabel("error (%)")
     handles = [_line(COLOURS[i % len(COLOURS)], f"{depth} layers") for i, depth in enumerate(depths)]
@@ -137,7 +140,6 @@ def loss_curves(groups):
             kind = (_family(group), made.get("unit"), made.get("skip"))
             comparisons.setdefault(kind, []).append(group)
     panels = [[*_baselines(groups, members[0]), *members] for members in comparisons.values()]
-    panels = panels or [[group] for group in groups]
     figure, axes = _panels(len(panels))
     columns = min(len(panels), COLUMNS)
     for i, (panel, members) in enumerate(zip(axes, panels, strict=True)):
@@ -146,11 +148,12 @@ def loss_curves(groups):
             style = _style(group, members)
             x, test = _curve(group, "test_error")
             _, loss = _curve(group, "train_loss")
-            right.plot(x, test.mean(0), linewidth=2, **style, label=_label_2016(group))
-            panel.plot(x, loss.mean(0), linewidth=1.3, color=style["color"], linestyle="--")
+            right.plot(x, test.mean(0), linewidth=2, **style, marker=_marker(x), label=_label_2016(group))
+            panel.plot(x, loss.mean(0), linewidth=1.3, color=style["color"], linestyle="--", marker=_marker(x))
         panel.set(
             xlabel=_time(members[0])[1], yscale="log", title=f"{_family_words(members[-1])}: {_kind(members[-1])}"
         )
+        _plain_numbers(panel.yaxis)
         right.set(ylim=(0, _top(members)))
         right.locator_params(axis="y", nbins=5)
         if i % columns == 0:  # between panels the labels of two axes would meet
@@ -191,7 +194,10 @@ SHARES = (
     "Share of the signal that passes each residual unit of trained networks by its shortcut: forward, of the two terms "
     "that are added; backward, of the two gradients that meet at the unit's input (2016, Eqns. 3 to 8). Dotted: half."
 )
-GRADIENTS = "Norm of the loss's gradient by each layer's weights in trained networks, on a batch of training images."
+GRADIENTS = (
+    "Norm of the loss's gradient by each layer's weights in trained networks, on a batch of training images; without "
+    "the layers of shortcuts and gates."
+)
 DRAWN_2015 = {"curves": error_curves, "responses": responses, "gradients": gradients_2015}
 DRAWN_2016 = {"curves": loss_curves, "gradients": gradients_2016, "shares": shares}
 
@@ -267,14 +273,26 @@ def _time(group):
     return np.array(curves["epoch"]), "epoch"
 
 
+def _marker(x):
+    """Points where there are so few that a line may not show."""
+    return "." if len(x) <= 20 else None
+
+
 def _curve(group, name):
     """x (epochs,) and y (seeds, epochs) of a curve."""
     return _time(group)[0], np.array([run["curves"][name] for run in group.runs])
 
 
 def _mean_of(group, name):
-    """A measured figure by layer or unit, (layers, ...): the mean over the seeds."""
-    return np.array([list(run[name].values()) for run in group.runs]).mean(0)
+    """A measured figure by layer or unit, (layers, ...): the mean over the seeds.
+
+    Layers of shortcuts and gates are left out, so that the n-th layer is the n-th in all networks of a depth.
+    """
+
+    def values(run):
+        return [value for layer, value in run[name].items() if not re.search(r"\.(shortcut|join)\b", layer)]
+
+    return np.array([values(run) for run in group.runs]).mean(0)
 
 
 def _top(groups):
@@ -308,6 +326,15 @@ def _by_family(groups, columns=1):
     figure, axes = _panels(columns * len(families), columns if columns > 1 else 2)
     each = [members for members in families.values() for _ in range(columns)]
     return figure, list(zip(axes, each, strict=True))
+
+
+def _plain_numbers(axis):
+    """On a logarithmic axis: 0.02, 0.05, 0.1 rather than powers of ten, of which a short axis holds none."""
+    from matplotlib.ticker import LogLocator
+
+    axis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("{x:g}")
 
 
 def _line(colour, label, **style):
