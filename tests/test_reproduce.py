@@ -349,7 +349,7 @@ def test_another_run_in_the_folder_is_refused(paper, done, tiny, tmp_path):
 
 
 def test_stopped_and_resumed(paper, tiny, tmp_path, capfd):
-    """A terminal's Ctrl-C, at the whole group of processes: the run writes its checkpoint, and the same command ends it."""
+    """A terminal's Ctrl-C, at the whole group: the run writes its checkpoint, and the same command ends it."""
     words = [str(word) for word in small(tiny, tmp_path, "2015-table6", "--rows", "resnet20", "--epochs", 40)]
     folder = tmp_path / "resnet20-depth8-40epochs-seed0"
     metrics = folder / "metrics.jsonl"
