@@ -433,7 +433,7 @@ def group(paper):
             "dataset": paper.experiments.DATASETS[entry.dataset], "train_images": 50_000, "device": "cpu",
             "recipe": f"paper{entry.paper}", "bn_group": None, "train_error": 1.0, "seconds": 60.0,
             "environment": {"tinyres": "1", "threads": 2, "isa": "avx2"}, "gradient_norms": {"0": 1.0, "1": 2.0},
-            "layer_responses": {"0": 1.0, "1": 0.5}, "shortcut_shares": {"3": [0.5, 0.6], "4": [0.7, 0.8]},
+            "layer_responses": {"0": 0.5, "1": 1.0}, "shortcut_shares": {"3": [0.5, 0.6], "4": [0.7, 0.8]},
         }  # fmt: skip
         run["curves"] = {name: [90.0, 50.0] for name in ("epoch", "step", "train_loss", "train_error")}
         runs = [
@@ -565,7 +565,7 @@ def test_curves_show_test_bold_and_training_dashed(paper, group):
     )
     figure, _ = paper.figures.responses([group("plain20"), group("resnet20")])
     original, ordered = figure.axes
-    assert list(original.lines[0].get_ydata()) == [1, 0.5] == list(ordered.lines[0].get_ydata())
+    assert list(original.lines[0].get_ydata()) == [0.5, 1] and list(ordered.lines[0].get_ydata()) == [1, 0.5]
 
 
 def test_variants_stand_beside_the_original(paper, group):

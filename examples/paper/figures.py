@@ -123,7 +123,8 @@ def gradients_2015(groups):
         colour = COLOURS[depths.index(group.entry.arguments["depth"]) % len(COLOURS)]
         style = {"color": colour, "linestyle": "--" if _is_plain(group) else "-", "linewidth": 1.6}
         axes[0].plot(np.arange(1, len(values) + 1), values, label=_label_2015(group), **style)
-    axes[0].set(xlabel="layer", ylabel="norm of the gradient by the weights", yscale="log")
+    axes[0].set(xlabel="layer", ylabel="norm of the gradient by the weights")
+    _logarithmic(axes[0])
     _legend(axes[0])
     return figure, GRADIENTS
 
@@ -150,10 +151,8 @@ def loss_curves(groups):
             _, loss = _curve(group, "train_loss")
             right.plot(x, test.mean(0), linewidth=2, **style, marker=_marker(x), label=_label_2016(group))
             panel.plot(x, loss.mean(0), linewidth=1.3, color=style["color"], linestyle="--", marker=_marker(x))
-        panel.set(
-            xlabel=_time(members[0])[1], yscale="log", title=f"{_family_words(members[-1])}: {_kind(members[-1])}"
-        )
-        _plain_numbers(panel.yaxis)
+        panel.set(xlabel=_time(members[0])[1], title=f"{_family_words(members[-1])}: {_kind(members[-1])}")
+        _logarithmic(panel)
         right.set(ylim=(0, _top(members)))
         right.locator_params(axis="y", nbins=5)
         if i % columns == 0:  # between panels the labels of two axes would meet
@@ -170,7 +169,8 @@ def gradients_2016(groups):
         for group in members:
             values = _mean_of(group, "gradient_norms")
             panel.plot(np.arange(1, len(values) + 1), values, **_style(group, members), label=_label_2016(group))
-        panel.set(xlabel="layer", yscale="log", title=_family_words(members[0]), ylabel="norm of the gradient")
+        panel.set(xlabel="layer", title=_family_words(members[0]), ylabel="norm of the gradient by the weights")
+        _logarithmic(panel)
         _legend(panel)
     return figure, GRADIENTS
 
@@ -313,6 +313,7 @@ def _panels(count, columns=COLUMNS, sharey=False):
     for panel in axes[:count]:
         panel.grid(alpha=0.3, linewidth=0.6)
         panel.margins(x=0.02)
+        panel.locator_params(axis="x", integer=True)
     return figure, axes[:count]
 
 
@@ -328,13 +329,16 @@ def _by_family(groups, columns=1):
     return figure, list(zip(axes, each, strict=True))
 
 
-def _plain_numbers(axis):
-    """On a logarithmic axis: 0.02, 0.05, 0.1 rather than powers of ten, of which a short axis holds none."""
+def _logarithmic(panel):
+    """A logarithmic y axis; one too short for powers of ten has 0.2, 0.3, 0.5, ... as well."""
     from matplotlib.ticker import LogLocator
 
-    axis.set_minor_locator(LogLocator(subs=(2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter("{x:g}")
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    if high < 100 * low:
+        panel.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
 
 
 def _line(colour, label, **style):

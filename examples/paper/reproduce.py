@@ -16,6 +16,7 @@ Exit status: 0 when all is done, 1 on an error or where a run failed, 128 + sign
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -198,7 +199,7 @@ def collect(run, folder, path, data_dir=None, source=None):
     expect(held.get("experiment") == path.stem, "reproduce", f"{path} must be its results", CheckpointError)
     row = held["rows"].setdefault(run.entry.name, {"paper_error": run.entry.error, "runs": {}})
     lines = read_metrics(folder / "metrics.jsonl")
-    curves = {name: [line[name] for line in lines] for name in CURVES}
+    curves = {name: [short(line[name]) for line in lines] for name in CURVES}
     if row["runs"].get(run.name, {}).get("curves") == curves:
         return
     print(f"{run.name}: test error {lines[-1]['test_error']:.2f} %; measuring the trained network", flush=True)
@@ -223,11 +224,18 @@ def collect(run, folder, path, data_dir=None, source=None):
     }
     order = [entry.name for entry in experiments()[path.stem]]
     held["rows"] = dict(sorted(held["rows"].items(), key=lambda item: order.index(item[0])))
-    write_atomic(path, (json.dumps(held, indent=1, allow_nan=False) + "\n").encode())
+    text = json.dumps(held, indent=1, allow_nan=False)
+    text = re.sub(r"\[[^][{}]*\]", lambda numbers: " ".join(numbers[0].split()), text)  # a curve on one line
+    write_atomic(path, f"{text}\n".encode())
+
+
+def short(value):
+    """A number with five digits, which is more than any of these figures means; a whole one as it is."""
+    return value if isinstance(value, int) else float(f"{value:.5g}")
 
 
 def measure(run, folder, config, data_dir):
-    """What tinyres.analysis finds in the trained network, as JSON: five digits of every figure."""
+    """What tinyres.analysis finds in the trained network, as JSON."""
     try:
         device = backend.get(config["device"]).name
     except DeviceError:
@@ -244,16 +252,14 @@ def measure(run, folder, config, data_dir):
     test = loader(dataset.test_images, dataset.test_labels, RESPONSE_IMAGES)
     x, labels = loader(dataset.train_images, dataset.train_labels, BATCH_SIZE).batch(0)
 
-    def short(figures):
-        return {name: float(f"{value:.5g}") for name, value in figures.items()}
-
-    shares = analysis.shortcut_shares(model, x, labels)
+    gradients, shares = (f(model, x, labels) for f in (analysis.gradient_norms, analysis.shortcut_shares))
     measured = {
-        "gradient_norms": short(analysis.gradient_norms(model, x, labels)),
-        "shortcut_shares": {name: [*short(share._asdict()).values()] for name, share in shares.items()},
+        "gradient_norms": {name: short(norm) for name, norm in gradients.items()},
+        "shortcut_shares": {name: [short(part) for part in share] for name, share in shares.items()},
     }
     if run.entry.paper == "2015":
-        measured["layer_responses"] = short(analysis.layer_responses(model, (x for x, _ in test.epoch())))
+        responses = analysis.layer_responses(model, (x for x, _ in test.epoch()))
+        measured["layer_responses"] = {name: short(deviation) for name, deviation in responses.items()}
     return measured
 
 
