@@ -131,6 +131,18 @@ def test_shortcut_shares(kind):
     assert list(measured) == ["0"] and list(measured["0"]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_analysis_on_another_device():
+    unit = nn.Residual(nn.Conv2d(2, 2, 3, padding=1), nn.BatchNorm2d(2), join=nn.Gate(2, -1, exclusive=True))
+    model = shaken(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), unit, nn.GlobalAvgPool2d(), nn.Linear(2, 3)))
+    here = [function(model, X, LABELS) for function in FUNCTIONS.values()]
+    model.to("emulated")
+    for function, expected in zip(FUNCTIONS.values(), here, strict=True):
+        measured = function(model, X, LABELS)
+        assert list(measured) == list(expected)
+        for name, value in measured.items():
+            assert value == pytest.approx(expected[name], rel=1e-5)
+
+
 IMAGES = np.random.default_rng(3).standard_normal((4, 32, 32, 3)).astype(np.float32)
 FUNCTIONS = {
     "layer_responses": lambda model, x, labels: analysis.layer_responses(model, [x]),
@@ -462,6 +474,7 @@ def test_what_is_called_a_reproduction(paper, group):
     assert verdict(7, 8, iterations=63_999) == "164.1 epochs of 164, 2 seeds: not a reproduction"
     assert verdict(7, 8, dataset="shapes10", train_images=20_000) == "on shapes10, 2 seeds: not a reproduction"
     assert verdict(7, 8, train_images=45_000) == "45,000 of 50,000 training images, 2 seeds: not a reproduction"
+    assert verdict(7, 8, recipe="quick") == "recipe quick, 2 seeds: not a reproduction"
     assert verdict(7, 8, depth=8) == "depth 8 for 20, 2 seeds: not a reproduction"
     assert verdict(7, **short, depth=8) == "depth 8 for 20, 10 epochs of 164, 1 seed: not a reproduction"
     twice = group("resnet20")

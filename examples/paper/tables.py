@@ -9,7 +9,7 @@ import statistics
 from typing import Any, NamedTuple
 
 import figures
-from experiments import DATASETS, TITLES, TRAIN_IMAGES, experiments, recipe_of
+from experiments import DATASETS, TITLES, TRAIN_IMAGES, experiments, recipe_name, recipe_of
 
 from tinyres.checkpoint import write_atomic
 from tinyres.errors import CheckpointError, expect
@@ -59,6 +59,8 @@ def shortcomings(group):
     if run["iterations"] < recipe.iterations:
         paper = recipe.iterations / run["steps_per_epoch"]
         words.append(f"{plural(run['epochs'], 'epoch')} of {paper:.0f}")
+    if run["recipe"] != recipe_name(entry):
+        words.append(f"recipe {run['recipe']}")
     if run["dataset"] != DATASETS[entry.dataset]:
         words.append(f"on {run['dataset']}")
     elif run["train_images"] < TRAIN_IMAGES:
