@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -385,12 +386,28 @@ def environment() -> dict[str, Any]:
     """What a run stood on, as a JSON-able dict: versions, platform, instruction set and threads."""
     return {
         "tinyres": __version__,
+        "commit": commit(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "platform": platform.platform(),
         "isa": _cpu.isa(),
         "threads": _cpu.threads(),
     }
+
+
+def commit() -> str | None:
+    """The commit of the source that is running, with "+" where tracked files were changed; None outside of git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not git("ls-files", __file__):  # a copy installed below somebody else's repository
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def peak_memory() -> int:

@@ -123,10 +123,10 @@ def run_experiment(args):
     tinyres.options(threads=args.threads)
     failed = []
     for run in planned(args):
-        folder, source = args.runs / run.name, None
+        folder = args.runs / run.name
         if not args.collect and not is_complete(folder, run):
             print(f"{run.name}: {'going on' if folder.exists() else 'starting'}", flush=True)
-            source, status = commit(), train(run, folder, args)
+            status = train(run, folder, args)
             if status >= 128:
                 print(f"stopped in {run.name}; the same command goes on from there")
                 return status
@@ -136,7 +136,7 @@ def run_experiment(args):
                 failed.append(run.name)
                 continue
         if is_complete(folder, run):
-            collect(run, folder, args.runs / f"{args.command}.json", args.data_dir, source)
+            collect(run, folder, args.runs / f"{args.command}.json", args.data_dir)
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
@@ -190,11 +190,8 @@ def is_complete(folder, run):
     return lines[-1]["step"] == config["total_steps"]
 
 
-def collect(run, folder, path, data_dir=None, source=None):
-    """Put the complete run in `folder` into the result file at `path`, beside what it holds.
-
-    source  the commit that it was made with, where that is known and not in its config.json
-    """
+def collect(run, folder, path, data_dir=None):
+    """Put the complete run in `folder` into the result file at `path`, beside what it holds."""
     held = read_json(path) or {"experiment": path.stem, "rows": {}}
     expect(held.get("experiment") == path.stem, "reproduce", f"{path} must be its results", CheckpointError)
     row = held["rows"].setdefault(run.entry.name, {"paper_error": run.entry.error, "runs": {}})
@@ -215,7 +212,7 @@ def collect(run, folder, path, data_dir=None, source=None):
         "recipe": config["recipe"],
         "device": config["device"],
         "bn_group": config.get("bn_group"),
-        "environment": {"commit": source, **config["environment"]},
+        "environment": config["environment"],
         "test_error": lines[-1]["test_error"],
         "train_error": lines[-1]["train_error"],
         "seconds": lines[-1]["seconds"],
@@ -273,19 +270,6 @@ def read_json(path):
         content = None
     expect(isinstance(content, dict), "reproduce", f"{path} must hold a JSON object", CheckpointError)
     return content
-
-
-def commit():
-    """The commit of this source, with `+` where it has changes; None outside of git."""
-
-    def git(*words):
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":
