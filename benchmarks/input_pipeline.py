@@ -3,23 +3,26 @@
     python benchmarks/input_pipeline.py [--workers N ...] [--images N] [--rounds N] [--json FILE]
 
 A folder of JPEGs is drawn first: 500x375 as most of ImageNet's, with the detail that gives them ImageNet's usual
-100 KiB. The plain loop decodes, resizes to a shorter side of 256, crops the central 224x224 and normalises; "center" is
-the same from `FolderLoader.epoch()`, "scale" and "scale-aspect" are its augmented training batches. All take turns, and
-each begins with workers that have been started and a queue that is full. `ratio` is to the plain loop: the median over
-rounds.
+100 KiB. The plain loop decodes, resizes to a shorter side of 256, crops the central 224x224 and normalises. "center" is
+the same from `FolderLoader`, "scale" and "scale-aspect" are its augmented training batches. "plain loops" are as many
+processes as workers, each with its share of the files and nothing to hand over: what the machine can do at most. All
+take turns, and each begins with processes that are running and a queue that is full. `ratio` is to the plain loop: the
+median over rounds.
 """
 
 import argparse
-import itertools
+import multiprocessing
 import pathlib
 import statistics
 import tempfile
 import time
 
-import harness
 import numpy as np
 
+import harness
+
 BATCH = 32
+VIEWS = ("plain loops", "center", "scale", "scale-aspect")
 HEIGHT, WIDTH = 375, 500
 MEAN, STD = np.array([123.675, 116.28, 103.53], np.float32), np.array([58.395, 57.12, 57.375], np.float32)
 
@@ -61,19 +64,24 @@ def pipeline(folder, view, workers, count):
     """Seconds an image in about `count` of them."""
     from tinyres.data.folder import AHEAD, FolderLoader
 
-    settings = {} if view == "center" else {"augmentation": view, "sigma": 0.1, "shuffle": True}
-    with FolderLoader(folder, BATCH, mean=MEAN, scale=1 / STD, workers=workers, **settings) as loader:
-        if view == "center":
-            batches = itertools.chain.from_iterable(loader.epoch() for _ in itertools.count())
-        else:
-            batches = (loader.batch(step) for step in itertools.count())
-        for _ in range(1 + AHEAD):
-            next(batches)
-        began, images = time.perf_counter(), 0
-        while images < count:
-            x, _ = next(batches)
-            images += len(x)
-        return (time.perf_counter() - began) / images
+    settings = {} if view == "center" else {"augmentation": view, "sigma": 0.1}
+    scale, batches = 1 / STD, max(1, count // BATCH)
+    with FolderLoader(folder, BATCH, mean=MEAN, scale=scale, shuffle=True, workers=workers, **settings) as loader:
+        for step in range(1 + AHEAD):
+            loader.batch(step)
+        began = time.perf_counter()
+        for step in range(batches):
+            loader.batch(1 + AHEAD + step)
+        return (time.perf_counter() - began) / (batches * BATCH)
+
+
+def plain_loops(paths, processes):
+    """Seconds an image of all the loops together."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        pool.map(plain, [paths[:BATCH]] * processes, chunksize=1)
+        began = time.perf_counter()
+        pool.map(plain, [paths[i::processes] for i in range(processes)], chunksize=1)
+        return (time.perf_counter() - began) / len(paths)
 
 
 def main():
@@ -89,16 +97,19 @@ def main():
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as root:
-        bytes_each = draw(pathlib.Path(root), 8 * BATCH)
+        bytes_each = draw(pathlib.Path(root), 16 * BATCH)
         folder = ImageFolder(root)
         paths = [folder.files[i] for i in range(len(folder))]
-        cases = [(view, workers) for workers in args.workers for view in ("center", "scale", "scale-aspect")]
+        cases = [(view, workers) for workers in args.workers for view in VIEWS if workers or view != "plain loops"]
         times = {case: [] for case in [None, *cases]}
         plain(paths[:BATCH])
         for _ in range(args.rounds):
             times[None].append(plain(paths))
             for case in cases:
-                times[case].append(pipeline(folder, *case, args.images))
+                view, workers = case
+                alone = view == "plain loops"
+                seconds = plain_loops(paths, workers) if alone else pipeline(folder, view, workers, args.images)
+                times[case].append(seconds)
 
     def rate(case):
         return harness.spread([1 / seconds for seconds in times[case]])

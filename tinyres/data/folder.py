@@ -349,13 +349,13 @@ class FolderLoader:
     def _fetch(self, kind, number):
         """Crops (N, size, size, 3) uint8, to be used before the next call, or a list of whole images; and labels."""
         made, answer = self._pool.fetch(self._job, kind, number)
+        if answer.failed:
+            raise DataError(answer.failed[1])
         for skipped, why in sorted(answer.skipped.items()):
             path = self.folder.files[skipped]
             if path not in self.skipped:
                 self.skipped[path] = why
                 warnings.warn(f"{why}; skipped", stacklevel=3)
-        if answer.failed:
-            raise DataError(answer.failed[1])
         return made, self.device.asarray(self.labels[np.array(answer.used)], np.int64)
 
     def _normalised(self, crops):

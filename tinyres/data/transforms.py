@@ -1,8 +1,8 @@
 """What is done to a photograph on its way to a network: decoding, crops, flips, colour noise.
 
 A crop is a box (left, top, right, bottom) of the image, in pixels and fractions of them, that `resample` brings to its
-size. So "resize, then crop" resamples only what the crop shows, to the same pixels. Functions that choose at random
-take their draws, numbers in [0, 1), as an argument and have no state.
+size. So "resize, then crop" resamples only what the crop shows, to the same pixels (Pillow's rounding moves some by a
+level of 256, few by two). Functions that choose at random take their draws as an argument and have no state.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def pillow() -> ModuleType:
 
 
 def decode(path: str | os.PathLike[str]) -> np.ndarray:
-    """The image file at `path` as (H, W, 3) uint8, RGB.
+    """The JPEG or PNG file at `path`, whatever it is called, as (H, W, 3) uint8, RGB.
 
     Grey, palette and CMYK images are converted, 16 bits cut to 8, and alpha dropped; EXIF rotations are not applied.
     Raises DataError, naming the file and the reason, for what cannot be read or decoded to its end.
@@ -48,7 +48,7 @@ def decode(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; the pixels are right or an exception comes
-            with Image.open(path) as image:
+            with Image.open(path, formats=("JPEG", "PNG")) as image:
                 if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip
                     return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
                 return np.asarray(image.convert("RGB"))
