@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -795,3 +796,18 @@ def test_the_example_refuses(run, runs, root, tmp_path):
     photograph(np.random.default_rng(0), 40, 40).save(tmp_path / "train" / "dog" / "x.png")
     printed = run("--out", runs / "refused", "--data-dir", tmp_path, status=1)
     assert "must hold the same classes; got train 1, val 3" in printed
+
+
+# The benchmark --------------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_measures(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLE.parents[1] / "benchmarks"))
+    input_pipeline = importlib.import_module("input_pipeline")
+    monkeypatch.setattr(input_pipeline, "BATCH", 2)
+    assert 50e3 < input_pipeline.draw(tmp_path, 4) < 200e3
+    drawn = ImageFolder(tmp_path)
+    assert drawn.read(0).shape == (375, 500, 3) and drawn.read(0).std() > 20
+    assert input_pipeline.plain([drawn.files[i] for i in range(4)]) > 0
+    for view in ("center", "scale", "scale-aspect"):
+        assert input_pipeline.pipeline(drawn, view, 0, 4) > 0
