@@ -1,7 +1,8 @@
 """Train and test the papers' ImageNet networks on photographs in folders: ROOT/train/CLASS/*.JPEG and ROOT/val/CLASS/*.
 
     python examples/imagenet_resnet.py --data-dir ROOT                       ResNet-50 as in 2016's appendix: 90 epochs
-    python examples/imagenet_resnet.py --data-dir ROOT --model resnet34 --shortcut A --test 10-crop     2015, Table 3
+    python examples/imagenet_resnet.py --data-dir ROOT --recipe paper2015
+        --model resnet34 --shortcut A --test 10-crop                         2015, Table 3
     python examples/imagenet_resnet.py --data-dir ROOT --model resnet200 --unit full_preactivation
         --augmentation scale-aspect --image-size 320                         2016, Table 5
     python examples/imagenet_resnet.py --data-dir ROOT --out runs/mine --resume      go on where that run stopped
@@ -18,8 +19,6 @@ once (130), without a checkpoint of its own.
 """
 
 import argparse
-import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -28,25 +27,22 @@ import numpy as np
 
 import tinyres
 from tinyres import backend, classify, models, nn, ops, optim
-from tinyres.backend import random
 from tinyres.data.folder import AUGMENTATIONS, FolderLoader, ImageFolder, mean_image
-from tinyres.errors import ArgumentError, CheckpointError, DataError, DeviceError, TinyresError, expect
+from tinyres.errors import ArgumentError, CheckpointError, DataError, TinyresError, expect
 from tinyres.options import CONV
-from tinyres.recipes import IMAGENET_MEAN, IMAGENET_STD
+from tinyres.recipes import IMAGENET, IMAGENET_MEAN, IMAGENET_STD
 from tinyres.train import (
     Interrupt,
-    MetricsLog,
     Progress,
+    Run,
     Running,
     Stopwatch,
     check_finite,
+    choose_device,
     environment,
-    plot_curves,
     recompute_batch_norm,
-    run_summary,
 )
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # 2015, section 3.4; 2016, appendix
 COLOR_NOISE = 0.1  # sigma of Krizhevsky et al. 2012, "the standard color augmentation"
 MODELS = [f"resnet{n}" for n in (18, 34, 50, 101, 152, 200)] + ["plain18", "plain34", "vgg16", "vgg19"]
 
@@ -63,23 +59,22 @@ def parse_arguments():
     add("--scales", type=float, nargs=2, metavar=("SHORTCUT", "BRANCH"), help="of --skip constant (0.5 0.5)")
     add("--gate-bias", type=float, help="where the biases of gates start (-6)")
     add("--dropout", type=float, help="share dropped by --skip dropout (0.5)")
-    add("--augmentation", choices=AUGMENTATIONS, default="scale", help="how training crops are drawn")
+    add("--recipe", choices=tuple(IMAGENET), default="paper2016", help="see tinyres/recipes.py")
+    add("--augmentation", choices=AUGMENTATIONS, help="how training crops are drawn (the recipe's)")
     add(
         "--mean",
         choices=("channel", "pixel"),
-        default="channel",
-        help="normalise by ImageNet's mean and spread of each channel, or by the training set's mean image (as 2015)",
+        help="by ImageNet's mean and spread of each channel, or the training set's mean image (the recipe's)",
     )
     add("--crop", type=int, default=224, help="side of training crops; shorter sides are 256 to 480 in proportion")
     add("--image-size", type=int, help="side of test crops (--crop)")
     add("--test", choices=classify.TESTS, default="center", help="how images are tested, see tinyres.classify.predict")
     add("--evaluate", type=Path, nargs="+", metavar="CHECKPOINT", help="only test: one network, or an ensemble")
-    add("--epochs", type=int, default=90)
-    add("--milestones", type=float, nargs="*", help="epochs at which the rate is divided by ten (1/3 and 2/3 of them)")
+    add("--epochs", type=int, help="another length: the recipe's schedule of rates is shrunk or stretched to it")
     add("--iterations", type=int, help="stop after so many steps of the schedule")
-    add("--batch-size", type=int, default=256)
+    add("--batch-size", type=int, help="the recipe's: 256")
     add("--test-batch-size", type=int, default=32, help="crops that go through the network together when testing")
-    add("--lr", type=float, default=0.1, help="highest learning rate")
+    add("--lr", type=float, help="highest learning rate (the recipe's)")
     add("--seed", type=int, default=0)
     add("--workers", type=int, help="processes that decode images (one a CPU); 0: none")
     add("--skip-corrupt", action="store_true", help="let the next image stand in for one that cannot be decoded")
@@ -92,70 +87,6 @@ def parse_arguments():
     add("--bn-group", type=int, help="batch norm over groups of so many images; 32 as on the papers' eight GPUs")
     add("--recompute-bn", action="store_true", help="at the end, batch norm's statistics over the whole training set")
     return parser.parse_args()
-
-
-# To be shared with cifar_resnet.py ------------------------------------------------------------------------------------
-
-
-def choose_device(name):
-    if name != "auto":
-        return name
-    try:
-        return backend.get("cuda").name
-    except DeviceError:
-        return "cpu"
-
-
-class Run:
-    """The folder of a run: what it goes on from, and what it leaves behind.
-
-    settings  what decides the run's bits, so that a resumed run must have the same
-    saved     the checkpoint that it goes on from, or None
-    step, seconds   where it stands
-    """
-
-    def __init__(self, out, settings, kernels, resume):
-        self.out, self.settings, self.kernels = out, settings, kernels
-        self.checkpoint = out / "checkpoint.safetensors"
-        self.step, self.seconds, self.saved = 0, 0.0, None
-        out.mkdir(parents=True, exist_ok=True)
-        if resume and self.checkpoint.exists():
-            self.saved = saved = tinyres.load(self.checkpoint)
-            for name, value in settings.items():
-                before = saved.get("settings", {}).get(name)
-                rule = f"{name} must be that of the run in {out}"
-                expect(before == value, "resume", rule, CheckpointError, checkpoint=before, now=value)
-            self.step, self.seconds = saved["step"], saved["seconds"]
-            print(f"resuming at step {self.step}")
-            if saved["kernels"] != kernels:
-                print(f"other kernels than before ({saved['kernels']}): the last bits of the sums will differ")
-        elif self.checkpoint.exists():  # of another run: must not outlive that run's metrics, nor be lost
-            for path in (self.checkpoint, out / "metrics.jsonl"):
-                if path.exists():
-                    os.replace(path, path.with_stem(path.stem + ".previous"))
-            print(f"starting afresh without --resume: the old checkpoint is now {out}/checkpoint.previous.safetensors")
-        self.metrics = MetricsLog(out / "metrics.jsonl", self.step)
-
-    def restore(self, **parts):
-        """Load what `save` saved under these names; then the random numbers, which making the parts has drawn."""
-        if self.saved:
-            for name, part in parts.items():
-                part.load_state_dict(self.saved[name])
-            random.set_state(self.saved["random"])
-
-    def save(self, **items):
-        state = {"step": self.step, "seconds": self.seconds, "random": random.state()}
-        tinyres.save(self.checkpoint, settings=self.settings, kernels=self.kernels, **state, **items)
-
-    def write_config(self, config):
-        (self.out / "config.json").write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
-
-    def finish(self, config):
-        """Draw the curves and print the summary."""
-        note = plot_curves(self.out / "metrics.jsonl", self.out / "curves.png")
-        if note:
-            print(note)
-        print(run_summary(config, self.metrics.lines, self.out))
 
 
 # The network, its data, its test --------------------------------------------------------------------------------------
@@ -184,17 +115,17 @@ def name_of(model, choices):
     return "-".join([model, *("-".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for v in values)])
 
 
-def test_loader_of(args, folder, crop, mean, scale, device):
+def test_loader_of(args, batch_size, folder, crop, mean, scale, device):
     """Images for testing: --image-size, or as large as the training crops."""
     size = crop if args.image_size is None else args.image_size
     if np.ndim(mean) == 3 and size != crop:
         mean = mean.mean(axis=(0, 1))
     side = max(size, round(crop * 256 / 224))
-    return FolderLoader(folder, args.batch_size, size=size, side=side, mean=mean, scale=scale, device=device,
+    return FolderLoader(folder, batch_size, size=size, side=side, mean=mean, scale=scale, device=device,
                         workers=args.workers, skip_corrupt=args.skip_corrupt)  # fmt: skip
 
 
-def evaluate_checkpoints(args, device):
+def evaluate_checkpoints(args, batch_size, device):
     """Print the errors of the networks of --evaluate, averaged as an ensemble where there are several."""
     folder = ImageFolder(args.data_dir / "val")
     networks, first = [], None
@@ -213,7 +144,9 @@ def evaluate_checkpoints(args, device):
         model.load_state_dict(saved["model"])
         networks.append(tinyres.fold_batch_norm(model))
         print(f"{path}: {name_of(saved['settings']['model'], saved['settings']['choices'])}, step {saved['step']:,}")
-    with test_loader_of(args, folder, first["settings"]["crop"], first["mean"], first["scale"], device) as loader:
+    with test_loader_of(
+        args, batch_size, folder, first["settings"]["crop"], first["mean"], first["scale"], device
+    ) as loader:
         errors = classify.evaluate(networks, loader, args.test, args.test_batch_size)
         print(f"{len(folder):,} images, {args.test}: top-1 error {errors.top1:.2f} %, top-5 error {errors.top5:.2f} %")
         note_skipped(loader)
@@ -234,8 +167,13 @@ def main():
     backend.use(device)
     tinyres.options(conv=args.conv, threads=args.threads)
     tinyres.manual_seed(args.seed)
+    recipe = IMAGENET[args.recipe]
+    lr = recipe.lr if args.lr is None else args.lr
+    batch_size = recipe.batch_size if args.batch_size is None else args.batch_size
+    augmentation = args.augmentation or recipe.augmentation
+    normalisation = args.mean or ("pixel" if recipe.normalisation == "pixel_mean" else "channel")
     if args.evaluate:
-        return evaluate_checkpoints(args, device)
+        return evaluate_checkpoints(args, batch_size, device)
 
     # Data: two folders with the same classes
     train, val = ImageFolder(args.data_dir / "train"), ImageFolder(args.data_dir / "val")
@@ -245,15 +183,14 @@ def main():
     print(f"{len(train):,} training and {len(val):,} test images of {len(train.classes):,} classes")
 
     # Length: that of the schedule, and where the run stops in it
-    expect(1 <= args.batch_size <= len(train), "data", f"--batch-size must be in 1 .. {len(train)}", ArgumentError,
-           batch_size=args.batch_size)  # fmt: skip
-    steps_per_epoch = len(train) // args.batch_size
-    milestones = args.milestones if args.milestones is not None else [args.epochs / 3, 2 * args.epochs / 3]
-    length = args.epochs * steps_per_epoch
+    rule = f"--batch-size must be in 1 .. {len(train)}"
+    expect(1 <= batch_size <= len(train), "data", rule, ArgumentError, batch_size=batch_size)
+    steps_per_epoch = len(train) // batch_size
+    length = recipe.length(steps_per_epoch) if args.epochs is None else args.epochs * steps_per_epoch
     total = length if args.iterations is None else min(length, args.iterations)
     got = {"epochs": args.epochs, "iterations": args.iterations}
     expect(total > 0, "length", "the run must have at least one step", ArgumentError, **got)
-    schedule = optim.schedules.step_decay(args.lr, [round(epoch * steps_per_epoch) for epoch in milestones])
+    schedule = recipe.schedule(length, lr)
 
     # Model, optimizer
     network = network_of(args)
@@ -263,25 +200,28 @@ def main():
             module.group = args.bn_group
     model = tinyres.fuse(model)  # BN, ReLU and additions in one kernel each; same parameters, same names
     parameters = optim.without_norm_decay(model) if args.no_norm_decay else model.parameters()
-    optimizer = optim.SGD(parameters, args.lr, MOMENTUM, WEIGHT_DECAY)
+    optimizer = optim.SGD(parameters, lr, recipe.momentum, recipe.weight_decay, recipe.nesterov)
     running = Running()
 
     # The run's folder: go on from its checkpoint, or start afresh
     model_name = name_of(**network)
-    out = args.out or Path("runs") / f"{model_name}-{args.data_dir.absolute().name}-{args.augmentation}-seed{args.seed}"
+    out = args.out or Path("runs") / f"{model_name}-{args.data_dir.absolute().name}-{args.recipe}-seed{args.seed}"
     settings = {
         **network,
         "train_images": len(train),
         "classes": len(train.classes),
-        "augmentation": args.augmentation,
+        "recipe": args.recipe,
+        "augmentation": augmentation,
         "crop": args.crop,
-        "mean": args.mean,
+        "mean": normalisation,
         "skip_corrupt": args.skip_corrupt,
-        "lr": args.lr,
-        "milestones": milestones,
+        "lr": lr,
+        "momentum": recipe.momentum,
+        "nesterov": recipe.nesterov,
+        "weight_decay": recipe.weight_decay,
         "norm_decay": not args.no_norm_decay,
         "bn_group": args.bn_group,
-        "batch_size": args.batch_size,
+        "batch_size": batch_size,
         "seed": args.seed,
         "schedule_steps": length,
     }
@@ -289,9 +229,6 @@ def main():
         **settings,
         "model": model_name,
         "dataset": args.data_dir.absolute().name,
-        "recipe": f"{args.lr:g} divided by ten at epochs {', '.join(f'{epoch:g}' for epoch in milestones)}",
-        "momentum": MOMENTUM,
-        "weight_decay": WEIGHT_DECAY,
         "total_steps": total,
         "steps_per_epoch": steps_per_epoch,
         "device": device,
@@ -308,17 +245,17 @@ def main():
     # Batches
     if run.saved:
         mean, scale = run.saved["mean"], run.saved["scale"]
-    elif args.mean == "pixel":
+    elif normalisation == "pixel":
         mean = mean_image(train, args.crop, workers=args.workers, skip_corrupt=args.skip_corrupt)
         scale = np.full(3, 1 / 255, np.float32)
     else:
         mean, scale = IMAGENET_MEAN, 1 / IMAGENET_STD
     train_loader = FolderLoader(
         train,
-        args.batch_size,
+        batch_size,
         seed=args.seed,
         size=args.crop,
-        augmentation=args.augmentation,
+        augmentation=augmentation,
         sigma=COLOR_NOISE,
         mean=mean,
         scale=scale,
@@ -327,7 +264,7 @@ def main():
         workers=args.workers,
         skip_corrupt=args.skip_corrupt,
     )
-    test_loader = test_loader_of(args, val, args.crop, mean, scale, device)
+    test_loader = test_loader_of(args, batch_size, val, args.crop, mean, scale, device)
 
     def save_checkpoint():
         parts = {"model": model, "optimizer": optimizer, "running": running}

@@ -735,7 +735,7 @@ def test_a_run_and_one_that_was_stopped_and_resumed(run, runs, root):
         assert 0 <= line["test_top5_error"] <= line["test_error"] <= 100
     assert "13 training and 6 test images of 3 classes" in printed and "test      error" in printed
     config = json.loads((runs / "whole" / "config.json").read_text())
-    assert config["milestones"] == [1, 2] and config["schedule_steps"] == 9 and config["total_steps"] == 5
+    assert config["recipe"] == "paper2016" and config["schedule_steps"] == 9 and config["total_steps"] == 5
 
     out = runs / "stopped"
     example = [str(EXAMPLE), "--data-dir", str(root), *SMALL, *map(str, same), "--out", str(out)]
@@ -754,8 +754,9 @@ def test_a_run_and_one_that_was_stopped_and_resumed(run, runs, root):
 def test_an_ensemble_of_checkpoints(run, runs, root):
     """What the example prints is what `evaluate` finds."""
     run("--iterations", 1, "--out", runs / "plain", "--workers", 0, "--model", "plain18", "--augmentation",
-        "scale-aspect", "--no-norm-decay")  # fmt: skip
-    run("--iterations", 1, "--out", runs / "other", "--workers", 0, "--seed", 1, "--unit", "full_preactivation")
+        "scale-aspect", "--mean", "channel", "--no-norm-decay")  # fmt: skip
+    run("--iterations", 1, "--out", runs / "other", "--workers", 0, "--seed", 1, "--unit", "full_preactivation",
+        "--recipe", "fb")  # fmt: skip
     paths = [runs / name / "checkpoint.safetensors" for name in ("plain", "other")]
     val = ImageFolder(root / "val")
     networks = []

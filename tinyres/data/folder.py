@@ -31,7 +31,8 @@ from tinyres import backend
 from tinyres.backend import Array, Device
 from tinyres.backend.random import Stream
 from tinyres.data import transforms
-from tinyres.errors import ArgumentError, DataError, DtypeError, ShapeError, expect, fail
+from tinyres.data.augment import constant
+from tinyres.errors import ArgumentError, DataError, DtypeError, expect, fail
 from tinyres.ops import checks
 
 SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -269,8 +270,8 @@ class FolderLoader:
         self.workers = _cpus() if workers is None else checks.integer(op, "workers", workers, 0, 1024)
         self._order_stream = Stream(seed, "order")
         self._order_of: tuple[int, Any] = -1, None  # (epoch, its order): a cache, a step's batch does not depend on it
-        self.mean = self._constant("mean", mean, (size, size, 3), [(), (3,), (size, size, 3)])
-        self.scale = self._constant("scale", scale, (3,), [(), (3,)])
+        self.mean = constant(op, "mean", mean, (size, size, 3), [(), (3,), (size, size, 3)], self.device)
+        self.scale = constant(op, "scale", scale, (3,), [(), (3,)], self.device)
         skip_corrupt = checks.flag(op, "skip_corrupt", skip_corrupt)
         transforms.pillow()
 
@@ -279,17 +280,6 @@ class FolderLoader:
         self.skipped = {}
         self._reader = _Reader(folder.files, size, side, (low, high), augmentation, int(seed), skip_corrupt)
         self._pool = _Pool(self._reader, self.batch_size, self.workers)
-
-    def _constant(self, name, value, shape, shapes):
-        """mean or scale as a dense float32 array of `shape`, on the device."""
-        op = "data.FolderLoader"
-        try:
-            value = np.asarray(value, np.float32)
-        except (TypeError, ValueError):
-            fail(op, f"{name} must hold numbers", DtypeError, **{name: repr(value)})
-        expect(value.shape in shapes, op, f"{name} must have one of the shapes {shapes}", ShapeError, got=value.shape)
-        expect(np.isfinite(value).all(), op, f"{name} must be finite", ArgumentError, **{name: value})
-        return self.device.asarray(np.ascontiguousarray(np.broadcast_to(value, shape)))
 
     def batch(self, step: int) -> tuple[Array, Array]:
         """The batch of training step 0, 1, 2, ...: x (N, size, size, 3) float32 and labels (N,) int64."""
