@@ -224,6 +224,17 @@ def op_cost(result):
     return f"{title}\n\n{table(head, rows)}"
 
 
+def input_pipeline(result):
+    rows = []
+    for row in result["rows"]:
+        rate = row["images_per_second"]
+        spread = f"{rate['median']:.0f} ({rate['p20']:.0f} to {rate['p80']:.0f})"
+        rows.append([row["view"], str(row["workers"] or ""), spread, f"{row['ratio']:.2f}x"])
+    W, H = result["image_size"]
+    title = f"Decoding and cropping JPEGs of {W}x{H}, {result['image_bytes'] / 1024:.0f} KiB each:"
+    return f"{title}\n\n{table(['', 'processes', 'images/s, median (20 to 80 %)', 'of the plain loop'], rows)}"
+
+
 # lines --------------------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +293,14 @@ def headline_op_cost(result):
     return f"an op costs {result['ratio']:.2f}x PyTorch's, geometric mean; {worst['op']} most, {worst['ratio']:.2f}x"
 
 
+def headline_input_pipeline(result):
+    best = max(result["rows"], key=lambda row: (row["view"] == "scale", row["workers"]))
+    rate = best["images_per_second"]["median"]
+    return f"{rate:.0f} images/s with {best['workers']} workers, {best['ratio']:.2f}x a plain Pillow loop"
+
+
 TABLES = {
+    "input_pipeline": input_pipeline,
     "op_cost": op_cost,
     "train_run": train_run,
     "train_step": train_step,
@@ -292,6 +310,7 @@ TABLES = {
     "winograd_error": winograd_error,
 }
 HEADLINES = {
+    "input_pipeline": headline_input_pipeline,
     "op_cost": headline_op_cost,
     "train_run": headline_train_run,
     "train_step": headline_train_step,

@@ -16,8 +16,6 @@ once (130), without a checkpoint of its own.
 """
 
 import argparse
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -25,22 +23,20 @@ import numpy as np
 
 import tinyres
 from tinyres import backend, data, models, nn, ops, optim
-from tinyres.backend import random
-from tinyres.errors import ArgumentError, CheckpointError, DeviceError, TinyresError, expect
+from tinyres.errors import ArgumentError, TinyresError, expect
 from tinyres.options import CONV
 from tinyres.recipes import RECIPES
 from tinyres.train import (
     Interrupt,
-    MetricsLog,
     Progress,
+    Run,
     Running,
     Stopwatch,
     check_finite,
+    choose_device,
     environment,
     evaluate,
-    plot_curves,
     recompute_batch_norm,
-    run_summary,
 )
 
 VALIDATION = 5_000  # training images held out by --validation (2015, section 4.2: a 45k/5k split)
@@ -92,15 +88,6 @@ def parse_arguments():
     add("--bn-group", type=int, help="batch norm over groups of so many images; 64 as on the papers' two GPUs")
     add("--recompute-bn", action="store_true", help="at the end, batch norm's statistics over the whole training set")
     return parser.parse_args()
-
-
-def choose_device(name):
-    if name != "auto":
-        return name
-    try:
-        return backend.get("cuda").name
-    except DeviceError:
-        return "cpu"
 
 
 def name_of_model(args):
@@ -180,7 +167,6 @@ def main():
     # The run's folder. `settings` is what decides the run's bits, so a resumed run must have the same
     model_name = name_of_model(args)
     out = args.out or Path("runs") / f"{model_name}-{dataset.name}-{recipe_name}-seed{args.seed}"
-    out.mkdir(parents=True, exist_ok=True)
     settings = {
         "model": model_name,
         "dataset": dataset.name,
@@ -210,115 +196,82 @@ def main():
     kernels = {"device": device, "isa": config["environment"]["isa"], "conv": config["options"]["conv"]}
 
     # Go on from the checkpoint, or start afresh
-    checkpoint = out / "checkpoint.safetensors"
     running = Running()
-    step, seconds = 0, 0.0
-    if args.resume and checkpoint.exists():
-        saved = tinyres.load(checkpoint)
-        for name, value in settings.items():
-            before = saved.get("settings", {}).get(name)
-            rule = f"{name} must be that of the run in {out}"
-            expect(before == value, "resume", rule, CheckpointError, checkpoint=before, now=value)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        running.load_state_dict(saved["running"])
-        random.set_state(saved["random"])
-        step, seconds = saved["step"], saved["seconds"]
-        warming, recent_error = saved["warming"], saved["recent_error"]
-        print(f"resuming at step {step}")
-        if saved["kernels"] != kernels:
-            print(f"other kernels than before ({saved['kernels']}): the last bits of the sums will differ")
-    elif checkpoint.exists():  # of another run: must not outlive that run's metrics, nor be lost
-        for path in (checkpoint, out / "metrics.jsonl"):
-            if path.exists():
-                os.replace(path, path.with_stem(path.stem + ".previous"))
-        print(f"starting afresh without --resume: the old checkpoint is now {out}/checkpoint.previous.safetensors")
-    metrics = MetricsLog(out / "metrics.jsonl", step)
-    (out / "config.json").write_text(json.dumps(config, indent=2, allow_nan=False) + "\n")
+    run = Run(out, settings, kernels, args.resume)
+    run.write_config(config)
+    run.restore(model=model, optimizer=optimizer, running=running)
+    if run.saved:
+        warming, recent_error = run.saved["warming"], run.saved["recent_error"]
 
     def save_checkpoint():
-        tinyres.save(
-            checkpoint,
-            settings=settings,
-            kernels=kernels,
-            step=step,
-            seconds=seconds,
-            model=model,
-            optimizer=optimizer,
-            running=running,
-            random=random.state(),
-            warming=warming,
-            recent_error=recent_error,
-        )
+        parts = {"model": model, "optimizer": optimizer, "running": running}
+        run.save(**parts, warming=warming, recent_error=recent_error)
 
     print(f"{model_name}, {config['parameters']:,} parameters; {recipe_name}, {total:,} steps on {device}; {out}/")
     model.train()
-    with Interrupt() as interrupt, Progress(total, step) as progress:
-        saved_step, watch = step, Stopwatch()
+    with Interrupt() as interrupt, Progress(total, run.step) as progress:
+        saved_step, watch = run.step, Stopwatch()
         # To read a loss is to wait for the GPU, so there it is read once an epoch: one that is not finite has made the
         # weights and all later losses so. In the host's memory it is checked and shown at every step.
         on_host = backend.get(device).xp is np
-        while step < total and not interrupt.signal:
-            optimizer.lr = lr / warm_up.divisor if warming else schedule(step)
-            x, labels = train_loader.batch(step)
+        while run.step < total and not interrupt.signal:
+            optimizer.lr = lr / warm_up.divisor if warming else schedule(run.step)
+            x, labels = train_loader.batch(run.step)
             logits = model(tinyres.tensor(x))
             loss = ops.cross_entropy(logits, labels)
             if on_host:
-                check_finite(loss.item(), model, x, step)
+                check_finite(loss.item(), model, x, run.step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
             elapsed = watch.lap()
-            step, seconds = step + 1, seconds + elapsed
+            run.step, run.seconds = run.step + 1, run.seconds + elapsed
             wrong = running.add(loss, logits, labels, elapsed)
             if warming and warm_up.until_error is None:
-                warming = step < warm_up.iterations
+                warming = run.step < warm_up.iterations
             elif warming:  # the one thing that hangs on each batch's error: on a GPU these steps do wait
                 recent_error += 0.01 * (100.0 * int(wrong) / len(labels) - recent_error)
                 warming = recent_error >= warm_up.until_error
             progress.update(running if on_host else None)
 
-            if step % steps_per_epoch == 0 or step == total:
+            if run.step % steps_per_epoch == 0 or run.step == total:
                 train_loss, train_error = running.loss, running.error  # waits for the epoch's last steps
-                check_finite(train_loss, model, x, step)
+                check_finite(train_loss, model, x, run.step)
                 elapsed = watch.lap()
                 running.seconds += elapsed
-                if step == total and args.recompute_bn:
+                if run.step == total and args.recompute_bn:
                     recompute_batch_norm(model, train_loader)
-                test_loss, test_error = evaluate(model, test_loader, step)
-                seconds += elapsed + watch.lap()
-                metrics.write(
-                    step=step,
-                    epoch=step / steps_per_epoch,
+                test_loss, test_error = evaluate(model, test_loader, run.step)
+                run.seconds += elapsed + watch.lap()
+                run.metrics.write(
+                    step=run.step,
+                    epoch=run.step / steps_per_epoch,
                     lr=optimizer.lr,
                     train_loss=train_loss,
                     train_error=train_error,
                     test_loss=test_loss,
                     test_error=test_error,
                     images_per_second=round(running.images_per_second, 1),
-                    seconds=round(seconds, 2),
+                    seconds=round(run.seconds, 2),
                 )
                 progress.line(
-                    f"epoch {step / steps_per_epoch:.4g}: train loss {train_loss:.4f}, error {train_error:.2f} %, "
+                    f"epoch {run.step / steps_per_epoch:.4g}: train loss {train_loss:.4f}, error {train_error:.2f} %, "
                     f"test error {test_error:.2f} %, {running.images_per_second:.0f} images/s"
                 )
-                if step % steps_per_epoch == 0:
+                if run.step % steps_per_epoch == 0:
                     running.reset()
                 save_checkpoint()
-                saved_step = step
+                saved_step = run.step
                 watch.lap()
-        if saved_step != step:
-            check_finite(running.loss, model, x, step)  # before a good checkpoint is replaced
+        if saved_step != run.step:
+            check_finite(running.loss, model, x, run.step)  # before a good checkpoint is replaced
             save_checkpoint()
 
-    if interrupt.signal and step < total:
-        print(f"stopped at step {step} of {total}; the same command with --resume goes on from there")
-    note = plot_curves(out / "metrics.jsonl", out / "curves.png")
-    if note:
-        print(note)
-    print(run_summary(config, metrics.lines, out))
-    return 128 + interrupt.signal if interrupt.signal and step < total else 0
+    if interrupt.signal and run.step < total:
+        print(f"stopped at step {run.step} of {total}; the same command with --resume goes on from there")
+    run.finish(config)
+    return 128 + interrupt.signal if interrupt.signal and run.step < total else 0
 
 
 if __name__ == "__main__":

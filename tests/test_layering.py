@@ -16,7 +16,7 @@ LAYERS = [
     ["ops", "gradcheck"],
     ["nn"],
     ["models", "optim", "data", "summary", "checkpoint"],
-    ["train", "recipes", "torch_weights"],
+    ["train", "recipes", "torch_weights", "analysis", "classify"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -7,7 +7,7 @@ import tinyres
 from op_case import DEVICES
 from tinyres import backend, data, models, nn, optim
 from tinyres.errors import ArgumentError, DtypeError
-from tinyres.recipes import RECIPES
+from tinyres.recipes import IMAGENET, RECIPES
 from tinyres.train import recompute_batch_norm
 
 # By iteration, from the papers' and the reproductions' words.
@@ -30,6 +30,13 @@ def test_rates(name):
 
 def test_lengths():
     assert {name: recipe.length(390) for name, recipe in RECIPES.items()} == LENGTHS
+
+
+def test_imagenet():
+    lengths = {name: (recipe.length(10), recipe.batch_size) for name, recipe in IMAGENET.items()}
+    assert lengths == {"paper2015": (1200, 256), "paper2016": (900, 256), "fb": (900, 256)}
+    schedule = IMAGENET["paper2016"].schedule(900)
+    assert [schedule(step) for step in (299, 300, 599, 600)] == pytest.approx([0.1, 0.01, 0.01, 0.001])
 
 
 def test_a_shorter_run_has_its_milestones_at_the_same_shares():

@@ -1,8 +1,8 @@
-"""The papers' training recipes and those of two well-known reproductions, as records. Lengths are in iterations.
+"""The papers' training recipes and those of two well-known reproductions, as records: RECIPES for CIFAR, and IMAGENET.
 
-What a record does not say is the same in all of them: SGD in batches of 128 images of CIFAR, padded by 4 pixels,
-cropped and flipped at random; weights drawn from a normal distribution of variance 2 / fan-in; every parameter decayed,
-those of batch norm too, as in the reproductions that match the papers' figures.
+What a record does not say is the same in all of them: SGD; images cropped and flipped at random; weights drawn from a
+normal distribution of variance 2 / fan-in; every parameter decayed, those of batch norm too, as in the reproductions
+that match the papers' figures.
 """
 
 from __future__ import annotations
@@ -35,28 +35,39 @@ class WarmUp:
 class Recipe:
     """How a network is trained.
 
-    iterations     the length; None where a run must be given one
-    milestones     iterations at which the rate is divided by ten; None for one cycle over the whole run
+    iterations, epochs  the length, in one of the two
+    milestones     shares of the length at which the rate is divided by ten; None for one cycle over the whole run
     normalisation  of images: "pixel_mean" subtracts the mean image, "channel" subtracts each channel's mean and divides
                    by its standard deviation, "imagenet" does so with those of ImageNet
+    augmentation   of ImageNet's images, see data.folder.AUGMENTATIONS; CIFAR's are padded by 4 pixels and cropped
     source, departs  where the recipe stands, and what is known to be different here
     """
 
     source: str
     lr: float
-    iterations: int | None
-    milestones: tuple[int, ...] | None
+    iterations: int | None = None
+    epochs: int | None = None
+    milestones: tuple[float, ...] | None = None
+    batch_size: int = 128
     nesterov: bool = False
     momentum: float = 0.9
     weight_decay: float = 1e-4
     normalisation: str = "pixel_mean"
+    augmentation: str = "scale"
     warm_up: WarmUp | None = None
-    epochs: int | None = None
     departs: str = ""
 
     def length(self, steps_per_epoch: int) -> int:
         """The recipe's length in iterations."""
         return self.iterations if self.iterations is not None else (self.epochs or 1) * steps_per_epoch
+
+    def schedule(self, total: int, lr: float | None = None) -> Callable[[int], float]:
+        """The rate by iteration in a run of `total` iterations, with its highest rate `lr` (the recipe's)."""
+        expect(total >= 1, "recipe", "a run must have at least one iteration", ArgumentError, total=total)
+        lr = self.lr if lr is None else lr
+        if self.milestones is None:
+            return schedules.one_cycle(lr, total)
+        return schedules.step_decay(lr, [round(share * total) for share in self.milestones], 0.1)
 
     def normalise(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """mean and scale for data.Loader, from the training images (L, H, W, C) uint8."""
@@ -67,14 +78,6 @@ class Recipe:
             return channel_mean, 1 / channel_std
         return pixel_mean, np.full(images.shape[-1], 1 / 255, np.float32)
 
-    def schedule(self, total: int, lr: float | None = None) -> Callable[[int], float]:
-        """The rate by iteration in a run of `total` iterations: milestones lie at the same shares of any length."""
-        expect(total >= 1, "recipe", "a run must have at least one iteration", ArgumentError, total=total)
-        lr = self.lr if lr is None else lr
-        if self.milestones is None or self.iterations is None:
-            return schedules.one_cycle(lr, total)
-        return schedules.step_decay(lr, [m * total // self.iterations for m in self.milestones], 0.1)
-
 
 EPOCH = 390  # iterations of 128 images in CIFAR's 50,000, without the last partial batch
 
@@ -82,8 +85,6 @@ RECIPES = {
     "quick": Recipe(
         "one cycle up to a rate that only so short a run takes well",
         lr=0.4,
-        iterations=None,
-        milestones=None,
         epochs=8,
         nesterov=True,
         weight_decay=5e-4,
@@ -93,7 +94,7 @@ RECIPES = {
         "He et al. 2015, section 4.2",
         lr=0.1,
         iterations=64_000,
-        milestones=(32_000, 48_000),
+        milestones=(1 / 2, 3 / 4),  # 32k and 48k
         warm_up=WarmUp(10, until_error=80.0, from_depth=110),
         departs="the paper's batch norm sees groups of 64 images, those of one of its two GPUs (--bn-group 64)",
     ),
@@ -101,7 +102,7 @@ RECIPES = {
         "He et al. 2016, appendix",
         lr=0.1,
         iterations=64_000,
-        milestones=(32_000, 48_000),
+        milestones=(1 / 2, 3 / 4),  # 32k and 48k
         warm_up=WarmUp(10, iterations=400),
         departs="as paper2015",
     ),
@@ -109,7 +110,7 @@ RECIPES = {
         "github.com/facebookarchive/fb.resnet.torch, TRAINING.md",
         lr=0.1,
         iterations=164 * EPOCH,
-        milestones=(81 * EPOCH, 122 * EPOCH),
+        milestones=(81 / 164, 122 / 164),
         nesterov=True,
         normalisation="channel",
         departs="weights are drawn by fan-out there",
@@ -118,10 +119,40 @@ RECIPES = {
         "github.com/akamaster/pytorch_resnet_cifar10",
         lr=0.1,
         iterations=200 * EPOCH,
-        milestones=(100 * EPOCH, 150 * EPOCH),
+        milestones=(1 / 2, 3 / 4),
         normalisation="imagenet",
         warm_up=WarmUp(10, iterations=EPOCH, from_depth=110),
         departs="crops have black borders there, here of the mean colour; its warm-up was meant to last an epoch, as"
         " here, but went on to the first milestone (issue 21)",
+    ),
+}
+
+IMAGENET = {
+    "paper2015": Recipe(
+        "He et al. 2015, section 3.4",
+        lr=0.1,
+        epochs=120,  # 600k iterations
+        milestones=(1 / 4, 1 / 2),
+        batch_size=256,
+        departs="the rate falls at a quarter and a half of the length, in the paper where the error stops falling",
+    ),
+    "paper2016": Recipe(
+        "He et al. 2016, appendix",
+        lr=0.1,
+        epochs=90,
+        milestones=(1 / 3, 2 / 3),
+        batch_size=256,
+        departs="the paper does not say how long it trains after 60 epochs",
+    ),
+    "fb": Recipe(
+        "github.com/facebookarchive/fb.resnet.torch",
+        lr=0.1,
+        epochs=90,
+        milestones=(1 / 3, 2 / 3),
+        batch_size=256,
+        nesterov=True,
+        normalisation="imagenet",
+        augmentation="scale-aspect",
+        departs="no jitter of brightness, contrast and saturation here; weights are drawn by fan-out there",
     ),
 }

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from tinyres import _cpu, ops
+from tinyres import _cpu, backend, ops
 from tinyres.autograd import Tensor, no_grad, tensor
 from tinyres.backend import Array, random
-from tinyres.checkpoint import write_atomic
-from tinyres.errors import CheckpointError, NonFiniteError
+from tinyres.checkpoint import load, save, write_atomic
+from tinyres.errors import CheckpointError, DeviceError, NonFiniteError, expect
 from tinyres.nn import BatchNorm2d, Module
 from tinyres.nn.module import home_of
 from tinyres.version import __version__
@@ -244,6 +245,82 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return lines
 
 
+def choose_device(name: str) -> str:
+    """`name`, or where that is "auto", "cuda" if it can be had and else "cpu"."""
+    if name != "auto":
+        return name
+    try:
+        return backend.get("cuda").name
+    except DeviceError:
+        return "cpu"
+
+
+class Run:
+    """The folder of a training run: what it goes on from, and what it leaves behind.
+
+    out         the folder, made where it is missing: config.json, metrics.jsonl, checkpoint.safetensors, curves.png
+    settings    what decides the run's bits, JSON values by name: a resumed run must have the same
+    kernels     what computes them: a resumed run is told where these are others
+    resume      go on from the checkpoint in `out`, if there is one; otherwise one that is there is moved aside
+    saved       the checkpoint that it goes on from, or None
+    step, seconds   where it stands; the loop counts them up
+    metrics     a MetricsLog, cut back to `step`
+
+    Raises CheckpointError for a checkpoint that cannot be read or of other settings, OSError for a folder that cannot
+    be written.
+    """
+
+    saved: dict[str, Any] | None
+    step: int
+    seconds: float
+    metrics: MetricsLog
+
+    def __init__(self, out: Path, settings: dict[str, Any], kernels: dict[str, Any], resume: bool) -> None:
+        self.out, self.settings, self.kernels = out, settings, kernels
+        self.checkpoint = out / "checkpoint.safetensors"
+        self.step, self.seconds, self.saved = 0, 0.0, None
+        out.mkdir(parents=True, exist_ok=True)
+        if resume and self.checkpoint.exists():
+            self.saved = saved = load(self.checkpoint)
+            for name, value in settings.items():
+                before = saved.get("settings", {}).get(name)
+                rule = f"{name} must be that of the run in {out}"
+                expect(before == value, "resume", rule, CheckpointError, checkpoint=before, now=value)
+            self.step, self.seconds = saved["step"], saved["seconds"]
+            print(f"resuming at step {self.step}")
+            if saved["kernels"] != kernels:
+                print(f"other kernels than before ({saved['kernels']}): the last bits of the sums will differ")
+        elif self.checkpoint.exists():  # of another run: must not outlive that run's metrics, nor be lost
+            for path in (self.checkpoint, out / "metrics.jsonl"):
+                if path.exists():
+                    os.replace(path, path.with_stem(path.stem + ".previous"))
+            print(f"starting afresh without --resume: the old checkpoint is now {out}/checkpoint.previous.safetensors")
+        self.metrics = MetricsLog(out / "metrics.jsonl", self.step)
+
+    def restore(self, **parts: Any) -> None:
+        """Load what `save` saved under these names; then the random numbers, which making the parts has drawn."""
+        if self.saved:
+            for name, part in parts.items():
+                part.load_state_dict(self.saved[name])
+            random.set_state(self.saved["random"])
+
+    def save(self, **items: Any) -> None:
+        """Write the checkpoint: where the run stands, and `items`, as `tinyres.save` takes them."""
+        state = {"step": self.step, "seconds": self.seconds, "random": random.state()}
+        save(self.checkpoint, settings=self.settings, kernels=self.kernels, **state, **items)
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        text = json.dumps(config, indent=2, allow_nan=False) + "\n"
+        write_atomic(self.out / "config.json", text.encode())
+
+    def finish(self, config: dict[str, Any]) -> None:
+        """Draw the curves and print the summary."""
+        note = plot_curves(self.out / "metrics.jsonl", self.out / "curves.png")
+        if note:
+            print(note)
+        print(run_summary(config, self.metrics.lines, self.out))
+
+
 class Progress:
     """Where a loop of `total` steps stands: a bar in a terminal, a plain line `every` few seconds elsewhere.
 
@@ -385,12 +462,28 @@ def environment() -> dict[str, Any]:
     """What a run stood on, as a JSON-able dict: versions, platform, instruction set and threads."""
     return {
         "tinyres": __version__,
+        "commit": commit(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "platform": platform.platform(),
         "isa": _cpu.isa(),
         "threads": _cpu.threads(),
     }
+
+
+def commit() -> str | None:
+    """The commit of the source that is running, with "+" where tracked files were changed; None outside of git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not git("ls-files", __file__):  # a copy installed below somebody else's repository
+            return None
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def peak_memory() -> int:

@@ -84,27 +84,13 @@ class Loader:
         self.labels = self.device.asarray(labels, np.int64)
         self._in_order = self.device.asarray(np.arange(len(images)))
         self.batch_size = batch_size = int(batch_size)
-        self.mean = self._constant("mean", mean, (H, W, C), [(), (C,), (H, W, C)])
-        self.scale = self._constant("scale", scale, (C,), [(), (C,)])
+        self.mean = constant("data.Loader", "mean", mean, (H, W, C), [(), (C,), (H, W, C)], self.device)
+        self.scale = constant("data.Loader", "scale", scale, (C,), [(), (C,)], self.device)
         self.augment, self.shuffle = augment, shuffle
         # The last partial batch counts only where nothing is shuffled.
         self.steps_per_epoch = len(images) // batch_size if shuffle else -(-len(images) // batch_size)
         self._order_stream, self._augment_stream = Stream(seed, "order"), Stream(seed, "augment")
         self._order_of = -1, self._in_order  # (epoch, its order): a cache, a step's batch does not depend on it
-
-    def _constant(self, name, value, shape, shapes):
-        """mean or scale as a dense float32 array of `shape`, on the device."""
-        try:
-            value = np.asarray(value)
-            if value.dtype.kind == "c":
-                raise TypeError("its imaginary part would be lost")
-            with np.errstate(over="ignore"):  # an infinity is refused below
-                value = value.astype(np.float32)
-        except (TypeError, ValueError):
-            expect(False, "data.Loader", f"{name} must hold numbers", DtypeError, **{name: repr(value)})
-        expect(value.shape in shapes, "data.Loader", f"{name} must have one of the shapes {shapes}", got=value.shape)
-        expect(np.isfinite(value).all(), "data.Loader", f"{name} must be finite", ArgumentError, **{name: value})
-        return self.device.asarray(np.ascontiguousarray(np.broadcast_to(value, shape)))
 
     def batch(self, step: int) -> tuple[Array, Array]:
         """The batch of training step 0, 1, 2, ...: x (N, H, W, C) float32 and labels (N,) int64."""
@@ -142,6 +128,23 @@ class Loader:
         choices = [self.device.asarray(choice) for choice in (top, left, flip)]
         x = self.device.kernels.augment(self.images, index, *choices, self.mean, self.scale)
         return x, self.labels[index]
+
+
+def constant(
+    op: str, name: str, value: ArrayLike, shape: tuple[int, ...], shapes: list[tuple[int, ...]], device: Device
+) -> Array:
+    """A loader's mean or scale as a dense float32 array of `shape`, on the device; it must have one of `shapes`."""
+    try:
+        value = np.asarray(value)
+        if value.dtype.kind == "c":
+            raise TypeError("its imaginary part would be lost")
+        with np.errstate(over="ignore"):  # an infinity is refused below
+            value = value.astype(np.float32)
+    except (TypeError, ValueError):
+        raise DtypeError(f"[{op}] {name} must hold numbers; got {name} {value!r}") from None
+    expect(value.shape in shapes, op, f"{name} must have one of the shapes {shapes}", got=value.shape)
+    expect(np.isfinite(value).all(), op, f"{name} must be finite", ArgumentError, **{name: value})
+    return device.asarray(np.ascontiguousarray(np.broadcast_to(value, shape)))
 
 
 def statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
