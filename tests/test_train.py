@@ -39,6 +39,7 @@ class Loader(data.Loader):
         for _ in range(stops.count(now)):
             signal.raise_signal(signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a program in the background of a shell goes without
 stops = sys.argv[1].split(",")
 data.Loader = Loader
 sys.argv = sys.argv[2:]
