@@ -151,15 +151,10 @@ def cpu_model():
 
 
 def commit():
-    """The commit of the working tree, with `+` where it has changes; `unknown` outside of git."""
+    """The commit of the working tree, with `+` where tracked files have changes; `unknown` outside of git."""
+    from tinyres import train  # only here: PyTorch's processes, whose memory is measured, do without tinyres
 
-    def git(*arguments):
-        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if git("status", "--porcelain").strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return train.commit() or "unknown"
 
 
 def command():

@@ -141,12 +141,9 @@ def main():
 
     # Length: that of the schedule, and where the run stops in it
     steps_per_epoch = train_loader.steps_per_epoch
-    limits = [n for n in (args.epochs and args.epochs * steps_per_epoch, args.iterations) if n is not None]
-    length = args.epochs * steps_per_epoch if args.epochs is not None else recipe.length(steps_per_epoch)
-    total = min(limits, default=length)
+    total, length = recipe.limits(steps_per_epoch, args.epochs, args.iterations)
     got = {"epochs": args.epochs, "iterations": args.iterations}
     expect(total > 0, "length", "the run must have at least one step", ArgumentError, **got)
-    length = total if recipe.milestones is None else length
 
     # Model, optimizer, schedule
     fits = args.bn_group is None or args.bn_group > 0

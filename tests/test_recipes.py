@@ -32,6 +32,15 @@ def test_lengths():
     assert {name: recipe.length(390) for name, recipe in RECIPES.items()} == LENGTHS
 
 
+def test_limits():
+    paper, quick = RECIPES["paper2015"], RECIPES["quick"]
+    assert paper.limits(390, None, None) == (64_000, 64_000) and quick.limits(390, None, None) == (3_120, 3_120)
+    assert paper.limits(390, None, 100) == (100, 64_000) and quick.limits(390, None, 100) == (100, 100)
+    assert paper.limits(390, 10, None) == (3_900, 3_900) and quick.limits(390, 10, None) == (3_900, 3_900)
+    assert paper.limits(390, 10, 100) == (100, 3_900) and quick.limits(390, 10, 5_000) == (3_900, 3_900)
+    assert paper.limits(390, None, 70_000) == (70_000, 64_000)
+
+
 def test_imagenet():
     lengths = {name: (recipe.length(10), recipe.batch_size) for name, recipe in IMAGENET.items()}
     assert lengths == {"paper2015": (1200, 256), "paper2016": (900, 256), "fb": (900, 256)}

@@ -61,6 +61,16 @@ class Recipe:
         """The recipe's length in iterations."""
         return self.iterations if self.iterations is not None else (self.epochs or 1) * steps_per_epoch
 
+    def limits(self, steps_per_epoch: int, epochs: int | None, iterations: int | None) -> tuple[int, int]:
+        """(where a run stops, the length of its schedule), in iterations.
+
+        epochs      another length than the recipe's, or None
+        iterations  where it stops in that, if earlier, or None; without `epochs` it may lie behind the recipe's end
+        """
+        length = self.length(steps_per_epoch) if epochs is None else epochs * steps_per_epoch
+        total = length if iterations is None else iterations if epochs is None else min(length, iterations)
+        return total, total if self.milestones is None else length  # one cycle is over where the run stops
+
     def schedule(self, total: int, lr: float | None = None) -> Callable[[int], float]:
         """The rate by iteration in a run of `total` iterations, with its highest rate `lr` (the recipe's)."""
         expect(total >= 1, "recipe", "a run must have at least one iteration", ArgumentError, total=total)

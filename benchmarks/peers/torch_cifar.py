@@ -3,9 +3,8 @@
     python benchmarks/peers/torch_cifar.py --data-dir DIR --epochs 8 --seed 0 --out runs/torch
 
 From tinyres come only the files' bytes, the recipe (the rate of each step, the images' mean and scale) and the writing
-of metrics.jsonl. The network, its
-training and the augmentation are PyTorch's, in the layout in which it is fastest (channels_last). The last line of
-output is JSON: test_error in percent, seconds, peak_resident_mib.
+of metrics.jsonl. The network, its training and the augmentation are PyTorch's, in the layout in which it is fastest
+(channels_last). The last line of output is JSON: test_error in percent, seconds, peak_resident_mib.
 """
 
 import argparse
@@ -90,10 +89,8 @@ def main():
     test_images, test_labels = torch.as_tensor(dataset.test_images), torch.as_tensor(dataset.test_labels)
 
     steps_per_epoch = len(train_images) // args.batch_size  # the last partial batch is dropped
-    limits = [n for n in (args.epochs and args.epochs * steps_per_epoch, args.iterations) if n is not None]
-    length = args.epochs * steps_per_epoch if args.epochs is not None else recipe.length(steps_per_epoch)
-    total = min(limits, default=length)
-    schedule = recipe.schedule(total if recipe.milestones is None else length)
+    total, length = recipe.limits(steps_per_epoch, args.epochs, args.iterations)
+    schedule = recipe.schedule(length)
 
     model = CifarResNet(args.depth, args.shortcut, args.plain, len(dataset.classes))
     model = model.to(memory_format=torch.channels_last)

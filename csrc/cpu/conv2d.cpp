@@ -253,9 +253,9 @@ void pack(const Correlation<T>& o, i64 k0) {
 }
 
 // Adds TAPS neighbouring taps of a channel block to the sums of PIXELS neighbouring outputs times VECTORS vectors of
-// filters. The weights of a channel are loaded once, and each pixel is broadcast once
-// for all the outputs that it meets: with 3 taps 18 broadcasts and 3 loads serve 48 multiply-adds, where one tap at
-// a time needs 17 loads for 16 and waits for the load ports.
+// filters; `tap` and `channel` are distances in w. The weights of a channel are loaded once, and each pixel is
+// broadcast once for all the outputs that it meets: with 3 taps 18 broadcasts and 3 loads serve 48 multiply-adds, where
+// one tap at a time needs 17 loads for 16 and waits for the load ports.
 template <class T, int TAPS, int PIXELS, int VECTORS>
 inline void add_taps(Vec<T> (&sum)[PIXELS][VECTORS], const T* pixel, i64 column, const T* w, i64 tap, i64 channel,
                      i64 channels) {

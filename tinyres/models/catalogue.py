@@ -20,7 +20,8 @@ class Entry(NamedTuple):
     paper, table   where the error stands: "2015" or "2016", "Table 6"
     dataset        "CIFAR-10", "CIFAR-100" or "ImageNet"
     error          the test error as printed, in percent: for CIFAR the median of 5 runs where there were several,
-                   "fail" where it was above 20; for ImageNet top-1 / top-5 on the validation set
+                   "fail" where it was above 20; for ImageNet top-1 / top-5 on the validation set; "" where the paper
+                   has a curve or no error
     parameters     weights, biases, and batch norm's scales and shifts
     multiply_adds  of convolutions and linear layers, for one 32x32 or 224x224 image
     """

@@ -110,7 +110,10 @@ def shortcut(option: str, in_channels: int, out_channels: int, stride: int, norm
 
 
 class ConstantScale(Module):
-    """A join: shortcut_scale * shortcut + branch_scale * branch (2016, Fig. 2b)."""
+    """A join: shortcut_scale * shortcut + branch_scale * branch, of equal shapes (2016, Fig. 2b, Eqn. 6).
+
+    Raises ArgumentError for a scale that is no finite number.
+    """
 
     def __init__(self, shortcut_scale: float, branch_scale: float) -> None:
         super().__init__()
@@ -128,7 +131,9 @@ class Gate(Module):
     """A join: (1 - g) * shortcut + branch, or + g * branch where `exclusive` (2016, Fig. 2d and 2c).
 
     g = sigmoid(1x1 convolution of the shortcut's output), which is x itself where the dimensions do not change.
-    bias  what the convolution's biases start from: the lower, the closer the shortcut is to the identity
+    channels  C of branch and shortcut, both (N, H, W, C)
+    bias      what the convolution's biases start from: the lower, the closer the shortcut is to the identity
+    Raises ArgumentError or DtypeError for a size or a bias out of range.
     """
 
     def __init__(self, channels: int, bias: float, exclusive: bool) -> None:
