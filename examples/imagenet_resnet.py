@@ -43,6 +43,7 @@ from tinyres.train import (
     recompute_batch_norm,
 )
 
+VALIDATION = 25  # --validation holds out one training image of so many: 51,247 of ImageNet's
 COLOR_NOISE = 0.1  # sigma of Krizhevsky et al. 2012, "the standard color augmentation"
 MODELS = [f"resnet{n}" for n in (18, 34, 50, 101, 152, 200)] + ["plain18", "plain34", "vgg16", "vgg19"]
 
@@ -60,7 +61,9 @@ def parse_arguments():
     add("--gate-bias", type=float, help="where the biases of gates start (-6)")
     add("--dropout", type=float, help="share dropped by --skip dropout (0.5)")
     add("--recipe", choices=tuple(IMAGENET), default="paper2016", help="see tinyres/recipes.py")
-    add("--augmentation", choices=AUGMENTATIONS, help="how training crops are drawn (the recipe's)")
+    crops = parser.add_mutually_exclusive_group()
+    crops.add_argument("--augmentation", choices=AUGMENTATIONS, help="how training crops are drawn (the recipe's)")
+    crops.add_argument("--no-augment", action="store_true", help="train on central crops, always the same")
     add(
         "--mean",
         choices=("channel", "pixel"),
@@ -83,6 +86,7 @@ def parse_arguments():
     add("--resume", action="store_true", help="go on from the checkpoint in --out; afresh if there is none yet")
     add("--threads", type=int, help="CPU threads (all)")
     add("--conv", choices=CONV, default="auto", help="how convolutions are computed (tinyres.options)")
+    add("--validation", action="store_true", help=f"train without one image in {VALIDATION} and test on those")
     add("--no-norm-decay", action="store_true", help="decay the weights alone, not biases nor batch norm's parameters")
     add("--bn-group", type=int, help="batch norm over groups of so many images; 32 as on the papers' eight GPUs")
     add("--recompute-bn", action="store_true", help="at the end, batch norm's statistics over the whole training set")
@@ -170,13 +174,20 @@ def main():
     recipe = IMAGENET[args.recipe]
     lr = recipe.lr if args.lr is None else args.lr
     batch_size = recipe.batch_size if args.batch_size is None else args.batch_size
-    augmentation = args.augmentation or recipe.augmentation
+    augmentation = None if args.no_augment else args.augmentation or recipe.augmentation
     normalisation = args.mean or ("pixel" if recipe.normalisation == "pixel_mean" else "channel")
     if args.evaluate:
         return evaluate_checkpoints(args, batch_size, device)
 
-    # Data: two folders with the same classes
-    train, val = ImageFolder(args.data_dir / "train"), ImageFolder(args.data_dir / "val")
+    # Data: two folders with the same classes, or two parts of one
+    train = ImageFolder(args.data_dir / "train")
+    if args.validation:
+        rule = f"--validation needs at least {VALIDATION} training images"
+        expect(len(train) >= VALIDATION, "data", rule, DataError, images=len(train))
+        held_out = np.arange(len(train)) % VALIDATION == VALIDATION - 1
+        train, val = train.part(np.flatnonzero(~held_out)), train.part(np.flatnonzero(held_out))
+    else:
+        val = ImageFolder(args.data_dir / "val")
     same = train.classes == val.classes
     counts = {"train": len(train.classes), "val": len(val.classes)}
     expect(same, "data", f"{train.root} and {val.root} must hold the same classes", DataError, **counts)

@@ -22,6 +22,7 @@ from tinyres.backend.random import Stream
 from tinyres.data import folder, transforms
 from tinyres.data.folder import AHEAD, FolderLoader, ImageFolder, mean_image
 from tinyres.errors import ArgumentError, DataError, DtypeError, NonFiniteError, ShapeError
+from tinyres.recipes import IMAGENET_MEAN, IMAGENET_STD
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "imagenet_resnet.py"
 BILINEAR = Image.Resampling.BILINEAR
@@ -751,6 +752,29 @@ def test_a_run_and_one_that_was_stopped_and_resumed(run, runs, root):
     assert "error: [resume] lr must be that of the run in" in printed
 
 
+def test_images_held_out_and_no_augmentation(run, runs, tmp_path):
+    """One image in 25 is tested on and not trained on, without a folder val; training crops are the central ones."""
+    rng = np.random.default_rng(1)
+    for i in range(51):
+        file = tmp_path / "train" / ("ant", "bee", "cat")[i // 20] / f"{i:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        photograph(rng, 40, 40 + i % 7).save(file)
+    settings = ["--data-dir", tmp_path, "--iterations", 1, "--workers", 0, "--batch-size", 49, "--mean", "channel"]
+    printed = run(*settings, "--validation", "--no-augment", "--out", runs / "held")
+    assert "49 training and 2 test images of 3 classes" in printed
+    config = json.loads((runs / "held" / "config.json").read_text())
+    assert config["augmentation"] is None and config["train_images"] == 49
+
+    # The loss of the only batch, from the images that are left: 24 is a bee, 49 a cat.
+    tinyres.manual_seed(0)
+    photographs, left = ImageFolder(tmp_path / "train"), np.delete(np.arange(51), [24, 49])
+    scale = {"mean": IMAGENET_MEAN, "scale": 1 / IMAGENET_STD}
+    with FolderLoader(photographs.part(left), 49, size=32, workers=0, **scale) as loader:
+        x, labels = next(loader.epoch())
+    loss = tinyres.ops.cross_entropy(NARROW(18, num_classes=3)(tinyres.tensor(x)), labels)
+    assert metrics(runs / "held")[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
 def test_an_ensemble_of_checkpoints(run, runs, root):
     """What the example prints is what `evaluate` finds."""
     run("--iterations", 1, "--out", runs / "plain", "--workers", 0, "--model", "plain18", "--augmentation",
@@ -789,6 +813,7 @@ def test_the_example_refuses(run, runs, root, tmp_path):
         ["--model", "vgg16", "--shortcut", "A"],
         ["--model", "plain18", "--unit", "bn_after_add"],
         ["--workers", -1, "--iterations", 1],
+        ["--validation"],
     ):
         printed = run("--out", runs / "refused", *arguments, status=1)
         assert printed.startswith("error: [") and "\n" not in printed, printed
