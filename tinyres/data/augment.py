@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from tinyres import backend
 from tinyres.backend import Array, Device, random
-from tinyres.errors import ArgumentError, DtypeError, ShapeError, expect
+from tinyres.errors import ArgumentError, DtypeError, ShapeError, expect, out_of_memory
 
 PADDING = 4  # pixels of zeros around an image before the crop; sec. 4.2 of "Deep Residual Learning"
 CHUNK = 500  # images summed at a time by `statistics`: small temporaries, and squares that fit into 32 bits
@@ -126,9 +126,12 @@ class Loader:
         if top is None:
             top = left = np.zeros(len(index), np.int32)
             flip = np.zeros(len(index), np.uint8)
-        choices = [self.device.asarray(choice) for choice in (top, left, flip)]
-        x = self.device.kernels.augment(self.images, index, *choices, self.mean, self.scale)
-        return x, self.labels[index]
+        try:
+            choices = [self.device.asarray(choice) for choice in (top, left, flip)]
+            x = self.device.kernels.augment(self.images, index, *choices, self.mean, self.scale)
+            return x, self.labels[index]
+        except MemoryError as error:
+            out_of_memory("data.Loader", f"making a batch of {len(index)}", error)
 
 
 def constant(
