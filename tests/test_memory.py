@@ -11,6 +11,7 @@ import pytest
 import tinyres
 from tinyres import _cpu, backend
 from tinyres.errors import OutOfMemoryError, TinyresError
+from tinyres.summary import Footprint
 
 # Out of memory ----------------------------------------------------------------------------------------------------
 
@@ -133,3 +134,86 @@ def test_the_reference_runs_out_of_memory_likewise():
     x = tinyres.tensor(np.broadcast_to(np.float32(1), (2**45,)), device="reference")
     with pytest.raises(OutOfMemoryError, match=r"^\[Exp\] out of memory in forward of \(35184372088832,\): Unable to"):
         tinyres.ops.exp(x)
+
+
+# The footprint of training ----------------------------------------------------------------------------------------
+
+# In a process of its own: what training holds, then `tinyres.summary` of the same.
+TRAINING = """
+import json, sys
+import numpy as np
+import tinyres
+from tinyres import backend, models, nn, ops
+
+def resident():
+    return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+shape = tuple(map(int, sys.argv[2:]))
+images, labels = np.random.default_rng(0).standard_normal(shape).astype(np.float32), np.arange(shape[0]) % 10
+few = tinyres.tensor(np.zeros((2, 32, 32, 3), np.float32))
+ops.cross_entropy(models.cifar_resnet(8)(few), [0, 1]).backward()  # code and threads are there from now on
+del few
+backend.memory.release()
+resident_before, before = resident(), backend.memory.stats()
+model = eval(sys.argv[1])
+optimizer = tinyres.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+for _ in range(3):
+    x = backend.memory.empty(shape, np.float32)  # as a loader makes it
+    x[...] = images
+    loss = ops.cross_entropy(model(tinyres.tensor(x)), labels)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+after = backend.memory.stats()
+measured = {
+    "peak": after["peak_bytes_in_use"] - before["bytes_in_use"],
+    "held": after["bytes_held"] - before["bytes_held"],
+    "resident": resident() - resident_before,
+}
+del x, loss, optimizer
+model.zero_grad()
+footprint = tinyres.summary(model, shape, show=False).training
+print(json.dumps({"predicted": footprint._asdict(), "measured": measured}))
+"""
+
+
+def trained(network, *shape):
+    """The Footprint that `summary` predicts, and the bytes measured: at the peak, held, resident."""
+    command = [sys.executable, "-c", TRAINING, network, *map(str, shape)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    return Footprint(**result["predicted"]), result["measured"]
+
+
+@pytest.mark.parametrize(
+    "network, shape",
+    [
+        ("models.cifar_resnet(20)", (16, 32, 32, 3)),
+        ("tinyres.fuse(models.cifar_resnet(20))", (128, 32, 32, 3)),
+        ("tinyres.fuse(models.cifar_resnet(29, block='bottleneck'))", (16, 32, 32, 3)),
+        ("tinyres.fuse(models.cifar_resnet(20, unit='full_preactivation'))", (64, 32, 32, 3)),
+        ("nn.Sequential(nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3), nn.GlobalAvgPool2d(),"
+         "nn.Linear(512, 10))", (2, 16, 16, 3)),  # nearly all of it parameters and scratch
+        ("nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 10))", (2048, 512)),
+    ],
+    ids=["plain", "fused", "bottleneck", "preactivation", "wide", "mlp"],
+)  # fmt: skip
+def test_summary_predicts_what_training_holds(network, shape):
+    predicted, measured = trained(network, *shape)
+    assert predicted.total - predicted.waiting == pytest.approx(measured["peak"], rel=0.1)
+    assert predicted.total == pytest.approx(measured["held"], rel=0.1)
+    assert predicted.total == pytest.approx(measured["resident"], rel=0.1, abs=4 << 20)
+
+
+def test_summary_takes_no_memory_and_leaves_everything():
+    """Of a batch of 8 GiB and more, in a process that stays small."""
+    program = """
+import resource, tinyres
+model = tinyres.fuse(tinyres.models.cifar_resnet(20))
+print(tinyres.summary(model, (8192, 32, 32, 3), show=False).training.total >> 30)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10, tinyres.backend.memory.stats()["bytes_in_use"] >> 20)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    gigabytes, resident, in_use = map(int, done.stdout.split())
+    assert gigabytes >= 8 and resident < 400 and in_use < 4, done.stdout + done.stderr
