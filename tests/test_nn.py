@@ -390,6 +390,9 @@ def test_summary(capsys):
     assert result.multiply_adds == 2 * (16 * 4 * 27 + 8)
     printed = capsys.readouterr().out
     assert "Conv2d" in printed and f"{result.multiply_adds:,}" in printed
+    with tinyres.no_grad():
+        again = tinyres.summary(model, (2, 8, 8, 3), show=False)
+        assert again.training.activations == result.training.activations
     assert f"training, batch 2: {result.training.total / 2**20:.1f} MiB (parameters " in printed
     assert model[0].weight.grad is gradient and model[4].weight.grad is None
     assert {p.device for p in model.parameters()} == {backend.get("cpu")} and not seen

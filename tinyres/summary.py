@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinyres import _cpu
-from tinyres.autograd import Tensor, no_grad
+from tinyres.autograd import Tensor, _no_grad_depth, no_grad
 from tinyres.backend import Device, memory, random
 from tinyres.backend.adapter import Adapter
 from tinyres.errors import ArgumentError, DtypeError, expect
@@ -100,8 +100,9 @@ def summary(model: Module, input_shape: Sequence[int], show: bool = True) -> Sum
     such batches will take.
 
     Nothing is computed for it, and that memory is not taken: the model's own code runs with kernels that do nothing, on
-    arrays that nobody writes to, and so takes addresses only. The scratch of the CPU's kernels, which grows little with
-    the batch, is that of a step that is really made, on a few images; that of other devices is left out.
+    arrays that nobody writes to, and so takes addresses only; code that looks at values finds any. The scratch of the
+    CPU's kernels, which grows little with the batch, is that of a step that is really made, on a few images; that of
+    other devices is left out.
 
     Returns the Summary; `show=False` prints nothing, and leaves the memory to whoever asks for `Summary.training`. The
     model is left as it was. Raises DtypeError unless given a Module, and whatever the model raises for an input of that
@@ -236,8 +237,8 @@ def _training_step(model, x):
 
 @contextmanager
 def _aside(model: Module, extension: _Extension) -> Iterator[Device]:
-    """The model in training mode, without hooks and gradients, on a device of its own, of that extension; afterwards
-    everything is as it was."""
+    """The model in training mode, recording, without hooks and gradients, on a device of its own, of that extension;
+    afterwards everything is as it was."""
     home, draws = home_of(model), random.state()
     kernels = Adapter(home.name, np, extension, memory.empty, getattr(home.kernels, "overwrites", False))
     device = Device(home.name, kernels, np)
@@ -247,6 +248,7 @@ def _aside(model: Module, extension: _Extension) -> Iterator[Device]:
     def on_host(array):
         return array if isinstance(array, np.ndarray) else memory.empty(array.shape, array.dtype)
 
+    recording = _no_grad_depth.set(0)
     try:
         for p, data, *_ in leaves:
             p._data, p.device, p.grad, p._hooks = on_host(data), device, None, None
@@ -260,3 +262,4 @@ def _aside(model: Module, extension: _Extension) -> Iterator[Device]:
         for m, training, buffers, forward_hooks in modules:
             m.training, m._buffers, m._forward_hooks = training, buffers, forward_hooks
         random.set_state(draws)
+        _no_grad_depth.reset(recording)
