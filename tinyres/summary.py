@@ -102,7 +102,7 @@ def summary(model: Module, input_shape: Sequence[int], show: bool = True) -> Sum
     Nothing is computed for it, and that memory is not taken: the model's own code runs with kernels that do nothing, on
     arrays that nobody writes to, and so takes addresses only; code that looks at values finds any. The scratch of the
     CPU's kernels, which grows little with the batch, is that of a step that is really made, on a few images; that of
-    other devices is left out.
+    other devices is left out. Blocks of the allocator that wait for reuse are given back.
 
     Returns the Summary; `show=False` prints nothing, and leaves the memory to whoever asks for `Summary.training`. The
     model is left as it was. Raises DtypeError unless given a Module, and whatever the model raises for an input of that
@@ -184,16 +184,18 @@ def _footprint(model, shape):
 
     def skip(kernel, number, args):
         nonlocal peak
-        # A product packs its second factor, which is the one scratch in proportion to the batch.
-        packed = memory.empty((args[2].nbytes if kernel == "matmul" else 0,), np.uint8)
-        in_kernel = packed.nbytes or scratch.get((kernel, number), 0)
-        peak = max(peak, memory.stats()["bytes_in_use"] - packed.nbytes + in_kernel)
+        if kernel == "matmul":  # packs its second factor: the one scratch in proportion to the batch
+            in_kernel = args[2].nbytes
+            memory.empty((in_kernel,), np.uint8)  # so that the allocator has the block
+        else:
+            in_kernel = scratch.get((kernel, number), 0)
+        peak = max(peak, memory.stats()["bytes_in_use"] + in_kernel)
 
-    def train(kernel, shape, steps=1):
+    def train(call, shape, steps):
         """Steps as a loop makes them: what the last forward pass keeps, the peak, and what the allocator holds then."""
         nonlocal peak
         memory.release()
-        extension = _Extension(kernel)
+        extension = _Extension(call)
         with _aside(model, extension) as device:
             before = memory.stats()
             for _ in range(steps):
@@ -208,10 +210,9 @@ def _footprint(model, shape):
     scratch_held = 0
     if home_of(model).name == "cpu":
         few = min(shape[0], 32, max(2, FEW_PIXELS // math.prod(shape[1:-1]))), *shape[1:]
-        scratch_held = max(train(run, few)[2] - train(skip, few)[2], 0)
-    activations, at_peak, held = train(
-        skip, shape, steps=2
-    )  # the first leaves gradients, as each step does to the next
+        scratch_held = max(train(run, few, 1)[2] - train(skip, few, 1)[2], 0)
+    # Two steps, because the first leaves gradients, as every step does to the next.
+    activations, at_peak, held = train(skip, shape, 2)
     gradients = sum(p.data.nbytes for p in model.parameters() if p.requires_grad)
     parameters = sum(array.nbytes for array in (*(p.data for p in model.parameters()), *model.buffers()))
     workspace = max(at_peak - gradients - activations, 0)
