@@ -6,7 +6,7 @@ BIN := .venv/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: train test sanitize lint build clean
+.PHONY: train test sanitize soak lint build clean
 
 train: .venv/plot.stamp
 	$(BIN)/python examples/cifar_resnet.py $(ARGS)
@@ -16,6 +16,9 @@ test: .venv/test.stamp
 
 sanitize: .venv/test.stamp .venv/dev.stamp
 	tests/sanitize/run $(BIN)/python
+
+soak: .venv/test.stamp  # long runs, about ten minutes
+	$(BIN)/python tests/soak.py --json benchmarks/results/soak.json
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

@@ -235,6 +235,16 @@ def input_pipeline(result):
     return f"{title}\n\n{table(['', 'processes', 'images/s, median (20 to 80 %)', 'of the plain loop'], rows)}"
 
 
+def soak(result):
+    names = {"step": "step", "resident_mib": "resident, MiB", "pool_mib": "allocator, MiB", "files": "files",
+             "threads": "threads", "objects": "Python's objects"}  # fmt: skip
+    rows, others = [], []
+    for part, figures in result["parts"].items():
+        rows += [[part, *(f"{mark[name]:,}" for name in names)] for mark in figures.get("marks", [])]
+        others += [[f"{part}: {name}", f"{value:,}"] for name, value in figures.items() if name != "marks"]
+    return f"Long runs:\n\n{table(['', *names.values()], rows)}\n\n{table(['figure', ''], others)}"
+
+
 # lines --------------------------------------------------------------------------------------------------------------
 
 
@@ -299,9 +309,20 @@ def headline_input_pipeline(result):
     return f"{rate:.0f} images/s with {best['workers']} workers, {best['ratio']:.2f}x a plain Pillow loop"
 
 
+def headline_soak(result):
+    figures = result["parts"]["train"]
+    first, last = figures["marks"][0], figures["marks"][-1]
+    grown = last["resident_mib"] - first["resident_mib"]
+    text = (
+        f"{last['step']:,} steps: {first['resident_mib']:.1f} MiB resident at step {first['step']}, {grown:+.1f} since"
+    )
+    return f"{text}; a step takes {figures['ratio']:.2f} times what it took at first"
+
+
 TABLES = {
     "input_pipeline": input_pipeline,
     "op_cost": op_cost,
+    "soak": soak,
     "train_run": train_run,
     "train_step": train_step,
     "kernels": kernels,
@@ -312,6 +333,7 @@ TABLES = {
 HEADLINES = {
     "input_pipeline": headline_input_pipeline,
     "op_cost": headline_op_cost,
+    "soak": headline_soak,
     "train_run": headline_train_run,
     "train_step": headline_train_step,
     "kernels": headline_kernels,

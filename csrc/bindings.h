@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <new>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -41,12 +42,13 @@ constexpr const char* BINARY_NAMES[] = {"add", "sub", "mul", "div", "pow", "maxi
 constexpr const char* UNARY_NAMES[] = {"neg", "exp", "log", "sqrt", "sigmoid", "tanh", "relu"};
 constexpr const char* ALGORITHM_NAMES[] = {"auto", "naive", "direct", "tiled", "winograd"};
 
-// The sizes that an array must have: up to four given, or those of another array.
+// The sizes that an array must have: up to four given, or those of another array, or of a list.
 struct Shape {
   Shape(std::initializer_list<py::ssize_t> sizes) : size(given), rank(py::ssize_t(sizes.size())) {
     std::copy(sizes.begin(), sizes.end(), given);
   }
   explicit Shape(const Array& array) : size(array.shape()), rank(array.ndim()) {}
+  explicit Shape(const std::vector<py::ssize_t>& sizes) : size(sizes.data()), rank(py::ssize_t(sizes.size())) {}
   Shape(const Shape&) = delete;
 
   py::ssize_t given[4];
@@ -90,18 +92,28 @@ class Call {
     if (!condition) throw py::value_error("[" + std::string(kernel_) + "] " + rule);
   }
 
+  [[noreturn]] void out_of_memory(const std::string& wanted, const char* why) const {
+    const std::string message = "[" + std::string(kernel_) + "] out of memory for " + wanted + ": " + why;
+    PyErr_SetString(py::module_::import("tinyres.errors").attr("OutOfMemoryError").ptr(), message.c_str());
+    throw py::error_already_set();
+  }
+
   // Runs body(T()) for the element type of `array`.
   template <class F>
   void typed(const Array& array, const F& body) const {
-    if (holds<float>(array)) {
-      body(float());
-    } else if (holds<double>(array)) {
-      body(double());
-    } else if (BFLOAT16 && holds<bf16>(array)) {
-      if constexpr (BFLOAT16) body(bf16());
-    } else {
-      throw py::type_error("[" + std::string(kernel_) + "] arrays must be float32 or float64; got " +
-                           std::string(py::str(array.dtype())));
+    try {
+      if (holds<float>(array)) {
+        body(float());
+      } else if (holds<double>(array)) {
+        body(double());
+      } else if (BFLOAT16 && holds<bf16>(array)) {
+        if constexpr (BFLOAT16) body(bf16());
+      } else {
+        throw py::type_error("[" + std::string(kernel_) + "] arrays must be float32 or float64; got " +
+                             std::string(py::str(array.dtype())));
+      }
+    } catch (const std::bad_alloc& error) {
+      out_of_memory("scratch", error.what());
     }
   }
 

@@ -32,9 +32,15 @@ Array empty(const std::vector<py::ssize_t>& shape, const py::object& dtype) {
     call.expect(size >= 0, "sizes must not be negative");
     fits = fits && !__builtin_mul_overflow(bytes, std::max<i64>(size, 1), &bytes);
   }
-  if (!fits) throw std::bad_alloc();  // as for what is less absurd
+  const auto wanted = [&] { return text(Shape(shape)) + " " + std::string(py::str(type)); };
+  if (!fits) call.out_of_memory(wanted(), "more bytes than can be counted");
 
-  void* const block = memory_take(std::size_t(bytes));
+  void* block = nullptr;
+  try {
+    block = memory_take(std::size_t(bytes));
+  } catch (const std::bad_alloc& error) {
+    call.out_of_memory(wanted(), error.what());
+  }
   PyObject* const owner =
       PyCapsule_New(block, nullptr, [](PyObject* capsule) { memory_return(PyCapsule_GetPointer(capsule, nullptr)); });
   if (!owner) {

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -66,12 +67,26 @@ void* new_block(std::size_t bytes) {
 
 void free_block(void* block, std::size_t bytes) { std::free(static_cast<char*>(block) - in_front(bytes)); }
 
+// Says how much was asked for in vain, without asking for more.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  OutOfMemory(std::size_t bytes, const MemoryStats& stats) {
+    const double mib = 1 << 20;
+    std::snprintf(text_, sizeof text_, "%.1f MiB asked of the system, %.1f MiB in use by tinyres", double(bytes) / mib,
+                  double(stats.bytes_in_use) / mib);
+  }
+  const char* what() const noexcept override { return text_; }
+
+ private:
+  char text_[128];
+};
+
 class Allocator {
  public:
   Header* take(std::size_t bytes) {
-    if (bytes > LARGEST) throw std::bad_alloc();
-    const SizeClass size = size_class(bytes);
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (bytes > LARGEST) throw OutOfMemory(bytes, stats_);
+    const SizeClass size = size_class(bytes);
     Header* header = waiting_[size.index];
     if (header) {
       waiting_[size.index] = header->next;
@@ -116,7 +131,7 @@ class Allocator {
       release_waiting();
       block = new_block(size.bytes);
     }
-    if (!block) throw std::bad_alloc();
+    if (!block) throw OutOfMemory(size.bytes, stats_);
     stats_.system_allocations++;
     stats_.bytes_held += i64(size.bytes);
     return new (header_of(block)) Header{nullptr, size};

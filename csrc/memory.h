@@ -10,7 +10,7 @@ namespace tinyres {
 
 constexpr std::size_t ALIGNMENT = 64;
 
-void* memory_take(std::size_t bytes);  // 64-byte aligned, contents undefined; throws std::bad_alloc
+void* memory_take(std::size_t bytes);  // 64-byte aligned, contents undefined; throws a std::bad_alloc that tells sizes
 void memory_return(void* block) noexcept;
 
 struct MemoryStats {

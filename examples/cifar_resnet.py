@@ -121,7 +121,6 @@ def main():
         dataset.train_images,
         dataset.train_labels,
         args.batch_size,
-        seed=args.seed,
         mean=mean,
         scale=scale,
         augment=not args.no_augment,

@@ -264,7 +264,6 @@ def main():
     train_loader = FolderLoader(
         train,
         batch_size,
-        seed=args.seed,
         size=args.crop,
         augmentation=augmentation,
         sigma=COLOR_NOISE,

@@ -257,6 +257,17 @@ def test_table_of_pytorch_alone():
     assert report.HEADLINES["torch_gpu"](result) == "PyTorch in float32: ResNet-20 graph 0.5 ms"
 
 
+def test_table_of_long_runs():
+    first = {"step": 100, "resident_mib": 60.5, "pool_mib": 3.1, "files": 4, "threads": 2, "objects": 50_000}
+    train = {"marks": [first, {**first, "step": 20_000, "resident_mib": 60.75}], "early_ms": 3.2, "ratio": 1.02}
+    result = {"benchmark": "soak", "date": "", "commit": "", "command": "", "device": "cpu"}
+    result.update(machine=harness.machine(2), parts={"train": train, "sigkill": {"kills": 100}})
+    shown = report.render([result])
+    assert "| train | 20,000 | 60.75 | 3.1 | 4 | 2 | 50,000 |" in shown and "| sigkill: kills | 100 |" in shown
+    told = "20,000 steps: 60.5 MiB resident at step 100, +0.2 since; a step takes 1.02 times what it took at first"
+    assert report.HEADLINES["soak"](result) == told
+
+
 def test_committed_results_have_tables_and_headlines():
     results = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results").glob("*.json"))]
     assert results

@@ -4,6 +4,7 @@ The kernels under it are the CUDA kernels compiled for the CPU, where they are b
 """
 
 import copy
+import importlib
 import json
 import pickle
 import runpy
@@ -21,7 +22,15 @@ from op_case import DEVICES
 from tinyres import _cpu, backend, data, models, nn, ops, optim, train
 from tinyres.backend import cuda
 from tinyres.backend.adapter import Adapter
-from tinyres.errors import ArgumentError, DeviceError, DtypeError, GraphError, NonFiniteError, ShapeError
+from tinyres.errors import (
+    ArgumentError,
+    DeviceError,
+    DtypeError,
+    GraphError,
+    NonFiniteError,
+    OutOfMemoryError,
+    ShapeError,
+)
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar_resnet.py"
 
@@ -509,6 +518,25 @@ def test_what_is_missing_is_named(monkeypatch, modules, message):
             backend.get("cuda")
         assert "\n" not in str(error.value)
     assert "cuda" not in backend._devices
+
+
+if "emulated" in DEVICES:
+
+    def test_a_full_gpu_is_told_as_any_other(monkeypatch):
+        def full(shape, dtype):
+            raise MemoryError("Out of memory allocating 512 bytes (allocated so far: 1,024 bytes).")
+
+        cupy = cupy_with(1)
+        cupy.empty, cupy.ndarray = full, fake_cupy.ndarray
+        monkeypatch.setitem(sys.modules, "cupy", cupy)
+        monkeypatch.setitem(sys.modules, "tinyres._cuda", importlib.import_module("tinyres._emulated"))
+        try:
+            with pytest.raises(
+                OutOfMemoryError, match=r"^\[empty\] out of memory for \(2, 3\) float32: Out of memory al"
+            ):
+                cuda.cuda().empty((2, 3), np.float32)
+        finally:
+            cuda.emulated()  # takes its scratch memory from the host's pool again
 
 
 def test_emulated_without_its_kernels(monkeypatch):

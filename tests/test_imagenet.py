@@ -287,6 +287,10 @@ def test_the_number_of_workers_changes_nothing(images):
             np.testing.assert_array_equal(a, b)
     other = FolderLoader(images, 4, workers=0, **{**settings, "seed": 4})
     assert not np.array_equal(other.batch(0)[0], want[0])
+    tinyres.manual_seed(3)
+    unseeded = FolderLoader(images, 4, workers=0, **{**settings, "seed": None})
+    tinyres.manual_seed(4)
+    assert all(np.array_equal(a, b) for a, b in zip(everything(unseeded, [0, 1, 2, 3, 1, 9]), want, strict=True))
     assert not np.array_equal(alone.folder.labels[:4], want[1]) or not np.array_equal(want[1], want[3])
 
 

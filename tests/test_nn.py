@@ -5,7 +5,7 @@ import pytest
 
 import tinyres
 from op_case import DEVICES
-from tinyres import nn, ops
+from tinyres import backend, nn, ops
 from tinyres.errors import ArgumentError, CheckpointError, DtypeError, ShapeError
 
 
@@ -378,12 +378,25 @@ def test_summary(capsys):
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=True), nn.BatchNorm2d(4), nn.GlobalAvgPool2d(), nn.Linear(4, 2)
     )
-    before = model.state_dict()
+    model = nn.Sequential(*model[:3], nn.Dropout(0.5), model[3])
+    before, draws = model.state_dict(), backend.random.state()
+    model[0].weight.grad = gradient = np.ones_like(model[0].weight.data)
+    seen: list = []
+    handle = model[1].register_forward_hook(lambda *_: seen.append("a batch"))
+    model[0].weight.register_hook(lambda g: seen.append("a gradient"))
     result = tinyres.summary(model, (2, 8, 8, 3))
+    handle.remove()
     assert result.parameters == 3 * 3 * 3 * 4 + 4 + 8 + 10
     assert result.multiply_adds == 2 * (16 * 4 * 27 + 8)
     printed = capsys.readouterr().out
     assert "Conv2d" in printed and f"{result.multiply_adds:,}" in printed
+    with tinyres.no_grad():
+        again = tinyres.summary(model, (2, 8, 8, 3), show=False)
+        assert again.training.activations == result.training.activations
+    assert f"training, batch 2: {result.training.total / 2**20:.1f} MiB (parameters " in printed
+    assert model[0].weight.grad is gradient and model[4].weight.grad is None
+    assert {p.device for p in model.parameters()} == {backend.get("cpu")} and not seen
+    assert backend.random.state() == draws
     assert all(m.training for m in model.modules()) and not any(m._forward_hooks for m in model.modules())
     for name, array in model.state_dict().items():
         assert np.array_equal(array, before[name])

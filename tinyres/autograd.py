@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from tinyres import backend
 from tinyres.backend import Array, Device
-from tinyres.errors import ArgumentError, DeviceError, DtypeError, GraphError, ShapeError, expect, fail
+from tinyres.errors import ArgumentError, DeviceError, DtypeError, GraphError, ShapeError, expect, fail, out_of_memory
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
@@ -346,7 +346,11 @@ class Function:
         node = cls()
         node.device, node.kernels = device, device.kernels
         node.needs = tuple(needs) if needs_grad else (False,) * len(needs)
-        out = node.forward(*arrays, **attributes)
+        try:
+            out = node.forward(*arrays, **attributes)
+        except MemoryError as error:
+            shapes = ", ".join(str(getattr(x, "shape", None)) for x in arrays)
+            out_of_memory(cls.__name__, f"in forward of {shapes}", error)
         if not isinstance(out, tuple):
             result = _result(cls, device, out, needs_grad)
             if needs_grad:
@@ -448,7 +452,11 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
         totals = None
         if node.adds_gradients:
             totals = node.totals = [_total(arrived, parent) for parent in node.parents]
-        dxs = node.backward(*_output_gradients(node, arrived, wanted))
+        try:
+            dxs = node.backward(*_output_gradients(node, arrived, wanted))
+        except MemoryError as error:
+            shapes = ", ".join(str(parent and parent[1]) for parent in node.parents)
+            out_of_memory(type(node).__name__, f"in backward to {shapes}", error)
         if not isinstance(dxs, tuple):
             dxs = (dxs,)
         if len(dxs) != len(node.parents):

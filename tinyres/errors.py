@@ -41,6 +41,10 @@ class NonFiniteError(TinyresError, ArithmeticError):
     """A NaN or an infinity where training needs a number."""
 
 
+class OutOfMemoryError(TinyresError, MemoryError):
+    """Memory that the system does not give. What was in use is unharmed, and what is smaller may still fit."""
+
+
 class GradcheckError(TinyresError, AssertionError):
     """An analytic gradient that differs from the finite difference."""
 
@@ -60,3 +64,9 @@ def fail(op: str, rule: str, error: type[TinyresError] = ShapeError, **got: obje
     what the message would say costs as much as the op."""
     values = ", ".join(f"{name} {value}" for name, value in got.items())
     raise error(f"[{op}] {rule}" + (f"; got {values}" if got else ""))
+
+
+def out_of_memory(op: str, doing: str, error: MemoryError) -> NoReturn:
+    """Raise OutOfMemoryError in place of `error`, the allocator's, NumPy's or CuPy's, which knows the sizes but not
+    what `op` was doing."""
+    raise OutOfMemoryError(f"[{op}] out of memory {doing}: {error}") from None

@@ -11,7 +11,7 @@ import numpy as np
 from tinyres import backend
 from tinyres.autograd import Tensor
 from tinyres.backend import Array
-from tinyres.errors import ArgumentError, CheckpointError, DtypeError, TinyresError, expect
+from tinyres.errors import ArgumentError, CheckpointError, DtypeError, TinyresError, expect, out_of_memory
 from tinyres.nn import Module
 from tinyres.ops import checks
 
@@ -151,7 +151,10 @@ def without_norm_decay(model: Module) -> list[dict[str, Any]]:
 def _like(velocity, p):
     """The velocity of `p`: zeros at first and after its data took another shape; it follows it in dtype and device."""
     if velocity is None or velocity.shape != p.shape:
-        return p.device.kernels.broadcast_to(p.device.asarray(0, p.dtype), p.shape)
+        try:
+            return p.device.kernels.broadcast_to(p.device.asarray(0, p.dtype), p.shape)
+        except MemoryError as error:
+            out_of_memory("SGD", f"making the velocity of a parameter {p.shape}", error)
     fits = velocity.dtype == p.dtype and p.device.owns(velocity)
     return velocity if fits else p.device.asarray(velocity, p.dtype)
 

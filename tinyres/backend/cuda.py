@@ -9,7 +9,7 @@ import numpy as np
 
 from tinyres.backend import memory
 from tinyres.backend.adapter import Adapter
-from tinyres.errors import DeviceError
+from tinyres.errors import DeviceError, out_of_memory
 
 
 def emulated() -> Adapter:
@@ -50,7 +50,14 @@ def cuda() -> Adapter:
         raise DeviceError(f"[backend] cuda needs an NVIDIA GPU and its driver ({_first_line(error)})") from None
     if not count:
         raise DeviceError("[backend] cuda needs an NVIDIA GPU and its driver, which has found none")
-    return adapter("cuda", cupy, "_cuda", cupy.empty, lambda: cupy.cuda.get_current_stream().ptr)
+
+    def empty(shape, dtype):
+        try:
+            return cupy.empty(shape, dtype)
+        except MemoryError as error:  # its pool has given back what waits and tried again, and says how large it is
+            out_of_memory("empty", f"for {tuple(shape)} {np.dtype(dtype)}", error)
+
+    return adapter("cuda", cupy, "_cuda", empty, lambda: cupy.cuda.get_current_stream().ptr)
 
 
 def _first_line(error):

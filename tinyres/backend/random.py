@@ -85,9 +85,12 @@ _draws = dict.fromkeys(STREAMS, 0)
 
 
 def manual_seed(seed: int) -> None:
-    """Seed everything random: initialisation and dropout start again from their first draw.
+    """Seed everything random, each purpose by a stream of its own.
 
-    Data order and augmentation take the seed they are given and the step number, and hold no state.
+    Initialisation and dropout start again from their first draw. Data order and augmentation hold no state: a loader
+    keeps the seed that is in force when it is made, unless given another, and draws by epoch and step. So a run that
+    calls this before anything else repeats its bits, and a dropout layer added to its network changes neither the
+    other layers' initial weights nor the order of the data nor their crops.
     Raises ArgumentError unless `seed` is an integer in 0 .. 2**64 - 1.
     """
     global _seed

@@ -8,9 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tinyres import backend
-from tinyres.backend import Array, Device
-from tinyres.backend.random import Stream
-from tinyres.errors import ArgumentError, DtypeError, ShapeError, expect
+from tinyres.backend import Array, Device, random
+from tinyres.errors import ArgumentError, DtypeError, ShapeError, expect, out_of_memory
 
 PADDING = 4  # pixels of zeros around an image before the crop; sec. 4.2 of "Deep Residual Learning"
 CHUNK = 500  # images summed at a time by `statistics`: small temporaries, and squares that fit into 32 bits
@@ -21,7 +20,8 @@ class Loader:
 
     images, labels  NumPy arrays (L, H, W, C) uint8 and (L,) integers. Kept, not copied; a GPU gets a copy of its own
     batch_size      images in a batch
-    seed            of the order and the augmentation: 0 .. 2**64 - 1
+    seed            of the order and the augmentation: 0 .. 2**64 - 1; None is that of `tinyres.manual_seed`, as it is
+                    when the loader is made
     mean, scale     x = (image - mean) * scale on the 0-255 scale; mean (H, W, C), (C,) or a number, scale (C,) or a
                     number
     augment         pad with 4 pixels of zeros, crop to the old size at random, flip left to right half of the time
@@ -47,7 +47,7 @@ class Loader:
         images: np.ndarray,
         labels: np.ndarray,
         batch_size: int,
-        seed: int = 0,
+        seed: int | None = None,
         mean: ArrayLike = 0.0,
         scale: ArrayLike = 1.0,
         augment: bool = False,
@@ -70,6 +70,7 @@ class Loader:
         check(labels.min() >= 0, "labels must not be negative", ArgumentError, label=labels.min())
         check(is_integer(batch_size), "batch_size must be an integer", DtypeError, batch_size=repr(batch_size))
         check(batch_size >= 1, "batch_size must be at least 1", ArgumentError, batch_size=batch_size)
+        seed = random.seed() if seed is None else seed
         check(is_integer(seed), "seed must be an integer", DtypeError, seed=repr(seed))
         check(0 <= seed < 2**64, "seed must lie in 0 .. 2**64 - 1", ArgumentError, seed=seed)
         flags = {"augment": augment, "shuffle": shuffle}
@@ -89,7 +90,7 @@ class Loader:
         self.augment, self.shuffle = augment, shuffle
         # The last partial batch counts only where nothing is shuffled.
         self.steps_per_epoch = len(images) // batch_size if shuffle else -(-len(images) // batch_size)
-        self._order_stream, self._augment_stream = Stream(seed, "order"), Stream(seed, "augment")
+        self._order_stream, self._augment_stream = random.Stream(seed, "order"), random.Stream(seed, "augment")
         self._order_of = -1, self._in_order  # (epoch, its order): a cache, a step's batch does not depend on it
 
     def batch(self, step: int) -> tuple[Array, Array]:
@@ -125,9 +126,12 @@ class Loader:
         if top is None:
             top = left = np.zeros(len(index), np.int32)
             flip = np.zeros(len(index), np.uint8)
-        choices = [self.device.asarray(choice) for choice in (top, left, flip)]
-        x = self.device.kernels.augment(self.images, index, *choices, self.mean, self.scale)
-        return x, self.labels[index]
+        try:
+            choices = [self.device.asarray(choice) for choice in (top, left, flip)]
+            x = self.device.kernels.augment(self.images, index, *choices, self.mean, self.scale)
+            return x, self.labels[index]
+        except MemoryError as error:
+            out_of_memory("data.Loader", f"making a batch of {len(index)}", error)
 
 
 def constant(

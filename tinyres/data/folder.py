@@ -28,8 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tinyres import backend
-from tinyres.backend import Array, Device
-from tinyres.backend.random import Stream
+from tinyres.backend import Array, Device, random
 from tinyres.data import transforms
 from tinyres.data.augment import constant
 from tinyres.errors import ArgumentError, DataError, DtypeError, expect, fail
@@ -151,7 +150,7 @@ class _Reader(NamedTuple):
             return transforms.resample(image, transforms.center_crop(H, W, self.side, size), size, size)
         scale = self.augmentation == "scale"
         count = transforms.SCALE_DRAWS if scale else transforms.SCALE_ASPECT_DRAWS
-        flip, *draws = Stream(self.seed, "augment").uniform(draw, 1 + count)
+        flip, *draws = random.Stream(self.seed, "augment").uniform(draw, 1 + count)
         if scale:
             box = transforms.scale_crop(H, W, draws, size, self.sides)
         else:
@@ -192,7 +191,8 @@ class FolderLoader:
 
     folder        an ImageFolder
     batch_size    images in a batch
-    seed          of the order and the augmentation: 0 .. 2**64 - 1
+    seed          of the order and the augmentation: 0 .. 2**64 - 1; None is that of `tinyres.manual_seed`, as it is
+                  when the loader is made
     size          height and width of the crops, 224 in the papers
     augmentation  "scale" (`transforms.scale_crop`) or "scale-aspect" (`transforms.scale_aspect_crop`), then a flip half
                   of the time; None gives central crops of images resized to a shorter side of `side`
@@ -233,7 +233,7 @@ class FolderLoader:
         self,
         folder: ImageFolder,
         batch_size: int,
-        seed: int = 0,
+        seed: int | None = None,
         size: int = 224,
         augmentation: str | None = None,
         sides: tuple[int, int] | None = None,
@@ -268,7 +268,8 @@ class FolderLoader:
         fits = not shuffle or self.batch_size <= len(folder)
         expect(fits, op, rule, ArgumentError, batch_size=batch_size, images=len(folder))
         self.workers = _cpus() if workers is None else checks.integer(op, "workers", workers, 0, 1024)
-        self._order_stream = Stream(seed, "order")
+        seed = random.seed() if seed is None else seed
+        self._order_stream = random.Stream(seed, "order")
         self._order_of: tuple[int, Any] = -1, None  # (epoch, its order): a cache, a step's batch does not depend on it
         self.mean = constant(op, "mean", mean, (size, size, 3), [(), (3,), (size, size, 3)], self.device)
         self.scale = constant(op, "scale", scale, (3,), [(), (3,)], self.device)
@@ -288,7 +289,7 @@ class FolderLoader:
         x = self._normalised(crops)
         if self._sigma and self._reader.augmentation:
             N, H, W, C = x.shape
-            draw = Stream(self._reader.seed, "augment").normal(2 * step, 3 * N).reshape(N, 3)
+            draw = random.Stream(self._reader.seed, "augment").normal(2 * step, 3 * N).reshape(N, 3)
             noise = transforms.color_noise(draw, self._sigma).astype(np.float32) * self.device.numpy(self.scale)
             rows = x.reshape(N, H, W * C)  # whole rows, as NumPy is slow at adding three numbers at a time
             rows += self.device.asarray(np.tile(noise, (1, W)))[:, None]
