@@ -255,7 +255,3 @@ def broadcast_to(array, shape):
         raise TypeError(f"Argument 'array' has incorrect type (expected ndarray, got {type(array).__name__})")
     host = numpy.broadcast_to(array._host, shape)
     return ndarray(numpy.lib.stride_tricks.as_strided(array._host, host.shape, host.strides))
-
-
-def isfinite(x):
-    return _apply(numpy.isfinite, x)

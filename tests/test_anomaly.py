@@ -200,13 +200,22 @@ def test_functions_of_the_program():
     assert line_named(caught)[1] == lines(test_functions_of_the_program, "y, _ = Broken")[0]
 
 
+class Both(Function):
+    """Gives the second input a gradient that is not finite, wanted or not."""
+
+    def forward(self, a, b):
+        return a + b
+
+    def backward(self, dy):
+        return dy, dy * np.inf
+
+
 def test_gradients_that_nobody_wants():
-    """A constant's gradient is not worked out, or thrown away."""
+    """Those of constants are thrown away."""
     with detect_anomaly():
-        y = ops.maximum(leaf(1.0) * 2, tinyres.tensor(np.array([0.0])))
-        y.backward(np.ones(1))
-        x = tinyres.tensor(np.array([0.0]))
-        (x**0.5 + leaf(1.0)).backward(np.ones(1))
+        Both.apply(leaf(1.0), tinyres.tensor(np.ones(1))).sum().backward()
+        with pytest.raises(NonFiniteError, match=r"^\[Both\] .* gradient of input\[1\]"):
+            Both.apply(leaf(1.0), leaf(1.0)).sum().backward()
 
 
 # Where ----------------------------------------------------------------------------------------------------------------

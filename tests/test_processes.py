@@ -216,10 +216,10 @@ def test_threads_get_different_draws():
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        draws = in_threads([lambda: [random.next_draw("dropout")[1] for _ in range(500)]] * 4)
+        draws = in_threads([lambda: [random.next_draw("dropout")[1] for _ in range(10_000)]] * 4)
     finally:
         sys.setswitchinterval(before)
-    assert sorted(sum(draws, [])) == list(range(2000))
+    assert sorted(sum(draws, [])) == list(range(40_000))
 
 
 def test_the_gil_is_released():
