@@ -12,7 +12,8 @@
 namespace tinyres {
 namespace {
 
-// Rounding to nearest, with denormal numbers and no traps, for the life of the object.
+// Rounding to nearest, with denormal numbers and no traps, for the life of the object. The pool's threads are made by
+// one that holds such an object, and inherit its mode.
 class StandardFloats {
  public:
   StandardFloats() : before_(mode()) { set_mode(STANDARD); }

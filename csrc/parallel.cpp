@@ -26,8 +26,6 @@
 #include <utility>
 #include <vector>
 
-#include "float_mode.h"
-
 namespace tinyres {
 namespace {
 
@@ -206,7 +204,6 @@ class Pool {
   [[noreturn]] void serve(int index, std::uint32_t seen, Sleeper& sleeper) {
     const auto published = [&] { return generation_.load() != seen; };
     if (bind_) bind_to(places()[std::size_t(index + 1) % places().size()]);
-    const StandardFloats floats;  // else it has the mode of the thread that made it
     bool spin = false;
     for (;;) {
       if (!(spin && spin_until(published))) sleeper.sleep_until(published);
