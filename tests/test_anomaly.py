@@ -210,6 +210,19 @@ class Both(Function):
         return dy, dy * np.inf
 
 
+class Attributes(Function):
+    def forward(self, x, **attributes):
+        return x * attributes["op"]
+
+
+def test_attributes_of_any_name_and_kind():
+    x = tinyres.tensor(np.ones(1))
+    with detect_anomaly():
+        Attributes.apply(x, op=2, called=np.array(["text"]), rule=np.array([None]), error=np.ones(1, np.int8))
+        with pytest.raises(NonFiniteError, match=r"got op inf at \(0,\) in \(1,\), called from"):
+            Attributes.apply(x, op=np.full(1, np.inf), called=np.ones(1))
+
+
 def test_gradients_that_nobody_wants():
     """Those of constants are thrown away."""
     with detect_anomaly():

@@ -55,7 +55,7 @@ class detect_anomaly(observed):
                 rule = "the result of forward must be finite"
                 if broken:
                     rule = "what the op is given, or keeps a running average in, must be finite"
-                fail(type(node).__name__, rule, NonFiniteError, **(broken or {name: wrong}), called=call)
+                fail(type(node).__name__, rule, NonFiniteError, **(broken or {name: wrong}) | {"called": call})
         if True in node.needs:
             names = {id(array): name for name, array in reversed((given | results).items())}
             saved = [(names.get(id(a), name), _checksum(device, a)) for name, a in _arrays(device, "saved", node.saved)]
@@ -133,8 +133,8 @@ def _arrays(device: Device, name: str, value: Any) -> Iterator[tuple[str, Array]
 
 
 def _not_finite(device: Device, array: Array) -> str:
-    """Where `array` is not finite, in words; nothing where it is, or holds no numbers."""
-    if array.dtype.hasobject or bool(np.isfinite(array).all()):  # which runs on a GPU for arrays that lie there
+    """Where `array` is not finite, in words; nothing where it is."""
+    if array.dtype.kind not in "fc" or bool(np.isfinite(array).all()):  # which runs on a GPU for arrays that lie there
         return ""
     host = device.numpy(array)
     broken = np.argwhere(~np.isfinite(host))
