@@ -24,6 +24,7 @@
 #include <utility>
 #include <vector>
 
+#include "gil.h"
 #include "kernels.h"
 
 namespace tinyres {
@@ -33,7 +34,6 @@ namespace py = pybind11;
 
 using OptionalArray = std::optional<Array>;
 using Pair = std::pair<i64, i64>;
-using NoGil = py::gil_scoped_release;
 
 // Far beyond any use, and small enough that no index computed from it can overflow.
 constexpr i64 MAX_WINDOW = i64(1) << 20;

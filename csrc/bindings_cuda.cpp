@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include "gil.h"
+
 #ifdef TINYRES_EMULATED
 #define TINYRES_MODULE _emulated
 using cudaStream_t = struct CUstream_st*;
@@ -109,7 +111,7 @@ cudaStream_t current_stream() { return stream_of_call; }
 thread_local std::vector<std::pair<void*, pybind11::object>> scratch_blocks;
 
 void* scratch_take(std::size_t bytes) {
-  const pybind11::gil_scoped_acquire gil;
+  const Gil gil;
   if (!allocate) throw pybind11::value_error("scratch memory needs an allocator: call connect first");
   pybind11::object block = (*allocate)(bytes);
   Array array;
@@ -120,7 +122,7 @@ void* scratch_take(std::size_t bytes) {
 }
 
 void scratch_return(void* block) noexcept {
-  const pybind11::gil_scoped_acquire gil;
+  const Gil gil;
   for (auto held = scratch_blocks.begin(); held != scratch_blocks.end(); ++held) {
     if (held->first != block) continue;
     scratch_blocks.erase(held);

@@ -16,6 +16,7 @@ once (130), without a checkpoint of its own.
 """
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -87,6 +88,7 @@ def parse_arguments():
     add("--no-norm-decay", action="store_true", help="decay the weights alone, not biases nor batch norm's parameters")
     add("--bn-group", type=int, help="batch norm over groups of so many images; 64 as on the papers' two GPUs")
     add("--recompute-bn", action="store_true", help="at the end, batch norm's statistics over the whole training set")
+    add("--detect-anomaly", action="store_true", help="name the first op whose result or gradient is not finite; slow")
     return parser.parse_args()
 
 
@@ -205,7 +207,8 @@ def main():
 
     print(f"{model_name}, {config['parameters']:,} parameters; {recipe_name}, {total:,} steps on {device}; {out}/")
     model.train()
-    with Interrupt() as interrupt, Progress(total, run.step) as progress:
+    observed = tinyres.detect_anomaly() if args.detect_anomaly else contextlib.nullcontext()
+    with Interrupt() as interrupt, Progress(total, run.step) as progress, observed:
         saved_step, watch = run.step, Stopwatch()
         # To read a loss is to wait for the GPU, so there it is read once an epoch: one that is not finite has made the
         # weights and all later losses so. In the host's memory it is checked and shown at every step.

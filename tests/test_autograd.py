@@ -411,7 +411,9 @@ def test_hooks_may_write_and_return_anything():
 
 def test_no_grad_can_be_nested_in_itself():
     x, quiet = leaf([1.0]), tinyres.no_grad()
-    with quiet, quiet:
+    with quiet:
+        with quiet:
+            assert not (x * 2).requires_grad
         assert not (x * 2).requires_grad
     assert (x * 2).requires_grad
 

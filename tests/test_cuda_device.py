@@ -444,6 +444,13 @@ def test_the_example_stops_on_nan(gpu, example):
     assert message.startswith("error: [train] the") and "must be finite" in message and len(CountingLoader.waited) == 6
 
 
+def test_the_example_detects_anomalies(gpu, example):
+    """Told to, it stops at the first op whose result is not finite, in the first step after the update."""
+    message = example("cuda", "--iterations", "12", "--lr", "1e30", "--detect-anomaly")
+    assert message.startswith("error: [") and f'from File "{EXAMPLE}", line ' in message
+    assert message.endswith(": logits = model(tinyres.tensor(x))") and len(CountingLoader.waited) == 2
+
+
 # The same kernels over NumPy arrays -----------------------------------------------------------------------------------
 
 

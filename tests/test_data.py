@@ -4,9 +4,11 @@ import hashlib
 import http.server
 import io
 import pickle
+import signal
 import struct
 import tarfile
 import threading
+import time
 import zlib
 
 import numpy as np
@@ -415,9 +417,10 @@ def test_load_refuses(arguments, error):
 
 
 class Mirror(http.server.BaseHTTPRequestHandler):
-    """Serves `content` under any name; sends at most `breaks_after` bytes a request, and no ranges if so told."""
+    """Serves `content` under any name; sends at most `breaks_after` bytes a request, then calls `stall` if there is
+    one; and no ranges if so told."""
 
-    content, breaks_after, ranges, requests = b"", None, True, []
+    content, breaks_after, stall, ranges, requests = b"", None, None, True, []
 
     def do_GET(self):
         wanted = self.headers["Range"]
@@ -432,6 +435,8 @@ class Mirror(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
         self.end_headers()
         self.wfile.write(body[: self.breaks_after])
+        if self.stall:
+            self.stall()
 
     def log_message(self, *arguments):
         pass
@@ -496,6 +501,40 @@ def test_download_that_stops_keeps_its_part(mirror, tmp_path):
     with pytest.raises(DataError, match=rf"{mirror.form.archive}: cannot be downloaded: .* 1000 of {mirror.form.size}"):
         data.load("cifar10", tmp_path / "new", download=True)
     assert mirror.part.read_bytes() == mirror.content[:1000] and len(mirror.requests) == 2
+
+
+def test_ctrl_c_in_a_download(mirror, tmp_path, monkeypatch):
+    """While it waits for bytes: those that came are kept, and the next download goes on from there."""
+    sent, received = 1000, threading.Event()
+
+    class Progress(cifar._NoProgress):
+        def update(self, count):
+            super().update(count)
+            if self.n == sent:
+                received.set()
+
+    def stall(handler):
+        assert received.wait(60)
+        time.sleep(0.1)  # for the other side to wait again; a signal just before would be seen when that ends
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        handler.rfile.read(1)  # until the other side hangs up
+
+    monkeypatch.setattr(cifar, "_progress", lambda form: Progress())
+    monkeypatch.setattr(cifar, "BLOCK", 250)
+    monkeypatch.setattr(cifar, "TIMEOUT", 2)
+    mirror.breaks_after, mirror.stall = sent, stall
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs this behind
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            data.load("cifar10", tmp_path / "new", download=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert list((tmp_path / "new").iterdir()) == [mirror.part]
+    assert mirror.part.read_bytes() == mirror.content[:sent]
+    mirror.breaks_after = mirror.stall = None
+    assert_holds(data.load("cifar10", tmp_path / "new", download=True), mirror.expected)
+    assert [wanted for _, wanted in mirror.requests] == [None, f"bytes={sent}-"]
+    assert not mirror.part.exists()
 
 
 def test_download_of_another_file(mirror, tmp_path):

@@ -15,7 +15,7 @@ LAYERS = [
     ["autograd"],
     ["ops", "gradcheck"],
     ["nn"],
-    ["models", "optim", "data", "summary", "checkpoint"],
+    ["anomaly", "models", "optim", "data", "summary", "checkpoint"],
     ["train", "recipes", "torch_weights", "analysis", "classify"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -9,6 +9,7 @@ loss.backward()
 """
 
 from tinyres import backend, models, nn, ops, optim
+from tinyres.anomaly import detect_anomaly
 from tinyres.autograd import Function, Tensor, grad, no_grad, tensor
 from tinyres.backend.random import manual_seed
 from tinyres.checkpoint import load, save
@@ -19,6 +20,6 @@ from tinyres.summary import summary
 from tinyres.version import __version__
 
 __all__ = [
-    "Function", "Tensor", "backend", "fold_batch_norm", "fuse", "grad", "gradcheck", "load", "manual_seed", "models",
-    "nn", "no_grad", "ops", "optim", "options", "save", "summary", "tensor", "__version__",
+    "Function", "Tensor", "backend", "detect_anomaly", "fold_batch_norm", "fuse", "grad", "gradcheck", "load",
+    "manual_seed", "models", "nn", "no_grad", "ops", "optim", "options", "save", "summary", "tensor", "__version__",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ Arithmetic on Tensors is bound in ops/__init__.py; this file knows no op.
 
 from __future__ import annotations
 
+import collections
 import functools
 import heapq
 import itertools
@@ -30,26 +31,65 @@ Index = BasicIndex | tuple[BasicIndex, ...]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_no_grad_depth = ContextVar("tinyres.no_grad_depth", default=0)
+# What holds here: the depth of no_grad blocks, and who observes ops (see `observed`), the innermost last. One variable,
+# as to read one takes a hundredth of the time of an op.
+_context: ContextVar[tuple[int, tuple[Any, ...]]] = ContextVar("tinyres.autograd", default=(0, ()))
 _orders = itertools.count(0, -1)  # of nodes by age
 
 
-class no_grad:
-    """Within this block (or decorated function) nothing is recorded, so nothing is kept for a backward sweep."""
+class Scope:
+    """A block of code, or a decorated function, within which something else holds; it may be entered again inside."""
 
     def __enter__(self) -> None:
-        _no_grad_depth.set(_no_grad_depth.get() + 1)
+        raise NotImplementedError
 
     def __exit__(self, *exc: object) -> None:
-        _no_grad_depth.set(_no_grad_depth.get() - 1)
+        raise NotImplementedError
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
-        def without_grad(*args: P.args, **kwargs: P.kwargs) -> R:
-            with no_grad():
+        def within(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self:
                 return function(*args, **kwargs)
 
-        return without_grad
+        return within
+
+
+class no_grad(Scope):
+    """Within this block (or decorated function) nothing is recorded, so nothing is kept for a backward sweep."""
+
+    def __enter__(self) -> None:
+        depth, observers = _context.get()
+        _context.set((depth + 1, observers))
+
+    def __exit__(self, *exc: object) -> None:
+        depth, observers = _context.get()
+        _context.set((depth - 1, observers))
+
+
+class observed(Scope):
+    """Within this block (or decorated function) each op and each sweep of this thread calls these methods.
+
+    after_forward(node, inputs, attributes, out)  the op has run; `out` is what its forward returned
+    before_backward(node, dys), after_backward(node, dxs)  around its backward
+    after_sweep(leaf, gradient)  with each leaf's whole gradient, before any leaf receives its own
+    What they raise stops the op or the sweep.
+    """
+
+    def __enter__(self) -> None:
+        depth, observers = _context.get()
+        _context.set((depth, (*observers, self)))
+
+    def __exit__(self, *exc: object) -> None:
+        depth, observers = _context.get()
+        _context.set((depth, observers[:-1]))
+
+    def after_forward(
+        self, node: Function, inputs: tuple[Tensor | None, ...], attributes: dict[str, Any], out: Any
+    ) -> None: ...
+    def before_backward(self, node: Function, dys: Sequence[Array]) -> None: ...
+    def after_backward(self, node: Function, dxs: tuple) -> None: ...
+    def after_sweep(self, leaf: Tensor, gradient: Array) -> None: ...
 
 
 class Tensor:
@@ -311,6 +351,7 @@ class Function:
     outputs: tuple | None = None  # (shape, dtype) of each, where there are several
     hooks: dict[int, dict] = {}  # by slot of the output
     swept = False
+    note: Any = None  # an observer's own
 
     def forward(self, *arrays: Any, **attributes: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
@@ -342,7 +383,8 @@ class Function:
                 raise DtypeError(f"[{cls.__name__}] inputs must be Tensors or None; got {type(x).__name__}")
         if device is None:
             fail(cls.__name__, "at least one input must be a Tensor", DtypeError)
-        needs_grad = True in needs and _no_grad_depth.get() == 0
+        no_grad_depth, observers = _context.get()
+        needs_grad = True in needs and no_grad_depth == 0
         node = cls()
         node.device, node.kernels = device, device.kernels
         node.needs = tuple(needs) if needs_grad else (False,) * len(needs)
@@ -351,6 +393,8 @@ class Function:
         except MemoryError as error:
             shapes = ", ".join(str(getattr(x, "shape", None)) for x in arrays)
             out_of_memory(cls.__name__, f"in forward of {shapes}", error)
+        if observers:
+            observers[-1].after_forward(node, inputs, attributes, out)
         if not isinstance(out, tuple):
             result = _result(cls, device, out, needs_grad)
             if needs_grad:
@@ -441,6 +485,8 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
     for y, gradient in zip(ys, gradients, strict=True):
         seed = _seed_gradient(op, y, gradient)
         _deliver(arrived, heap, (y._node or y, y._slot), seed, True, y.device.kernels)
+    observers = _context.get()[1]
+    observer = observers[-1] if observers else None
     node = None
     while heap:
         before, node = node, heapq.heappop(heap)[2]
@@ -453,12 +499,18 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
         if node.adds_gradients:
             totals = node.totals = [_total(arrived, parent) for parent in node.parents]
         try:
-            dxs = node.backward(*_output_gradients(node, arrived, wanted))
+            dys = _output_gradients(node, arrived, wanted)
+            if observer:
+                observer.before_backward(node, dys)
+            dxs = node.backward(*dys)
+            del dys  # what backward did not return need not outlive it
         except MemoryError as error:
             shapes = ", ".join(str(parent and parent[1]) for parent in node.parents)
             out_of_memory(type(node).__name__, f"in backward to {shapes}", error)
         if not isinstance(dxs, tuple):
             dxs = (dxs,)
+        if observer:
+            observer.after_backward(node, dxs)
         if len(dxs) != len(node.parents):
             rule = "backward must return a gradient for each input"
             fail(type(node).__name__, rule, GraphError, inputs=len(node.parents), gradients=len(dxs))
@@ -476,12 +528,17 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
             node.totals = ()
         if not retain_graph:
             node.saved, node.swept = None, True
-    finished = [(leaf, _leaf_gradient(op, leaf, *held, wanted)) for (leaf, _), held in arrived.items()]
-    for leaf, gradient in finished:
-        if wanted is None:
-            leaf.grad = gradient
-        elif (id(leaf), 0) in wanted:
-            wanted[id(leaf), 0] = gradient
+    leaves = [leaf for leaf, _ in arrived]
+    finished = [_leaf_gradient(op, leaf, *held, wanted) for (leaf, _), held in arrived.items()]
+    if observer:
+        for leaf, gradient in zip(leaves, finished, strict=True):
+            observer.after_sweep(leaf, gradient)
+    if wanted is None:
+        # Not a Python loop, in which Ctrl-C could come when some leaves have their gradient and others not.
+        collections.deque(map(setattr, leaves, itertools.repeat("grad"), finished), maxlen=0)
+    else:
+        places = ((id(leaf), 0) for leaf in leaves)
+        wanted.update((place, g) for place, g in zip(places, finished, strict=True) if place in wanted)
 
 
 def _seed_gradient(op, y, gradient):

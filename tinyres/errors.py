@@ -59,7 +59,7 @@ def expect(condition: object, op: str, rule: str, error: type[TinyresError] = Sh
         fail(op, rule, error, **got)
 
 
-def fail(op: str, rule: str, error: type[TinyresError] = ShapeError, **got: object) -> NoReturn:
+def fail(op: str, rule: str, error: type[TinyresError] = ShapeError, /, **got: object) -> NoReturn:
     """Raise `error` as `expect` does; `if ...: fail(...)` is for checks made in every call of an op, where gathering
     what the message would say costs as much as the op."""
     values = ", ".join(f"{name} {value}" for name, value in got.items())

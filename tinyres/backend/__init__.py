@@ -87,7 +87,8 @@ def get(name: str | Device | None = None) -> Device:
         known = isinstance(name, str) and name in NAMES
         expect(known, "backend", f"the device must be one of {', '.join(NAMES)}", ArgumentError, device=name)
         kernels = _KERNELS[name]()
-        _devices[name] = Device(name, kernels, getattr(kernels, "xp", np))
+        # Another thread may have made it meanwhile: then that one is it.
+        _devices.setdefault(name, Device(name, kernels, getattr(kernels, "xp", np)))
     return _devices[name]
 
 

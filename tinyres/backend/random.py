@@ -4,6 +4,9 @@ A number is a pure function of (seed, stream, draw, position), so nothing has to
 of epoch 7 is draw 7 of the stream "order", the crops of step 1200 are draw 1200 of "augment". The streams are
 separate: a dropout layer added to a network does not change the order of the data.
 
+Seed and draw numbers are the process's. Threads that draw at the same time get different draws, but chance says which
+thread gets which; a forked child goes on from where its parent was, and draws the same numbers unless seeded anew.
+
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
@@ -107,7 +110,7 @@ def next_draw(name: str) -> tuple[Stream, int]:
     """(stream, draw number): the next unused draw of the stream `name`."""
     stream = Stream(_seed, name)
     draw = _draws[name]
-    _draws[name] = draw + 1
+    _draws[name] = draw + 1  # right after the reading, with no call between: no other thread gets the same draw
     return stream, draw
 
 
