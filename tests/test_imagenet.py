@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import tinyres
+from runs import FILES, metrics, state
 from tinyres import classify, nn, train
 from tinyres.backend.random import Stream
 from tinyres.data import folder, transforms
@@ -702,22 +703,6 @@ def run(root, capfd, monkeypatch):
     return run
 
 
-def state(out):
-    def leaves(tree, path=()):
-        if isinstance(tree, dict):
-            return {k: v for key, item in tree.items() for k, v in leaves(item, (*path, key)).items()}
-        if isinstance(tree, np.ndarray):
-            tree = (tree.dtype.str, tree.shape, tree.tobytes())
-        return {} if "seconds" in path else {path: tree}
-
-    return leaves(tinyres.load(out / "checkpoint.safetensors"))
-
-
-def metrics(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
@@ -727,8 +712,7 @@ def test_a_run_and_one_that_was_stopped_and_resumed(run, runs, root):
     """Another number of workers each time, and the same bits."""
     same = ["--iterations", 5, "--mean", "pixel", "--skip", "dropout"]  # dropout draws numbers of its own
     printed = run(*same, "--out", runs / "whole", "--workers", 0)
-    files = {"config.json", "metrics.jsonl", "checkpoint.safetensors", "curves.png"}
-    assert {path.name for path in (runs / "whole").iterdir()} == files
+    assert {path.name for path in (runs / "whole").iterdir()} == FILES
     lines = metrics(runs / "whole")
     assert [line["step"] for line in lines] == [3, 5] and [line["lr"] for line in lines] == [0.1, 0.1 * 0.1]
     for line in lines:

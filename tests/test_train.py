@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 import tinyres
+from runs import FILES, metrics, state, write_tiny_cifar
 from tinyres import nn, train
 from tinyres.backend import random
 from tinyres.errors import CheckpointError, NonFiniteError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar_resnet.py"
-
-FILES = {"config.json", "metrics.jsonl", "checkpoint.safetensors", "curves.png"}
 
 # Runs the example; argv: when a Ctrl-C arrives (steps, or "load"; comma between), the example, its own arguments
 DRIVER = """
@@ -49,15 +48,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder in CIFAR-10's binary form with 50 training and 20 test images of noise: 3 batches of 16 an epoch."""
-    folder = tmp_path_factory.mktemp("data") / "cifar-10-batches-bin"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name, count in [(f"data_batch_{i}", 10) for i in range(1, 6)] + [("test_batch", 20)]:
-        records = rng.integers(0, 256, (count, 1 + 3 * 32 * 32), dtype=np.uint8)
-        records[:, 0] = rng.integers(0, 10, count)
-        (folder / f"{name}.bin").write_bytes(records.tobytes())
-    return folder
+    """50 training and 20 test images of noise: 3 batches of 16 an epoch."""
+    return write_tiny_cifar(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -74,26 +66,6 @@ def run(tiny):
         return done.stdout + done.stderr
 
     return run
-
-
-def metrics(out, *, timing=False):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if timing or k not in ("seconds", "images_per_second")} for line in lines]
-
-
-def leaves(tree, path=()):
-    """Every value of a checkpoint but the times, by path; arrays as dtype, shape and bytes."""
-    if isinstance(tree, dict):
-        return {k: v for key, item in tree.items() for k, v in leaves(item, (*path, key)).items()}
-    if isinstance(tree, list):
-        return {k: v for i, item in enumerate(tree) for k, v in leaves(item, (*path, i)).items()}
-    if isinstance(tree, np.ndarray):
-        tree = (tree.dtype.str, tree.shape, tree.tobytes())
-    return {} if "seconds" in path else {path: tree}
-
-
-def state(out):
-    return leaves(tinyres.load(out / "checkpoint.safetensors"))
 
 
 @pytest.fixture(scope="module")
