@@ -10,9 +10,9 @@
         --evaluate runs/a/checkpoint.safetensors runs/b/checkpoint.safetensors    an ensemble's top-1 and top-5 errors
 
 It needs Pillow: pip install tinyres[image]. Into the folder --out it writes config.json, metrics.jsonl (a line an
-epoch), checkpoint.safetensors (every epoch, and when stopped; the one before stays as checkpoint.backup.safetensors) and
-curves.png. Ctrl-C or SIGTERM stops it after the step it is in, with a checkpoint; --resume goes on to the same bits as
-a run that was never stopped. A disk that is full does not stop it, unless it still is at the end.
+epoch), checkpoint.safetensors (every epoch, and when stopped; the one before stays as checkpoint.backup.safetensors)
+and curves.png. Ctrl-C or SIGTERM stops it after the step it is in, with a checkpoint; --resume goes on to the same bits
+as a run that was never stopped. A disk that is full does not stop it, unless it still is at the end.
 
 Exit status: 0 when the run is complete, 1 on an error (no data, NaN loss, nothing saved ...), 128 + signal number when
 stopped, so 130 after Ctrl-C, as shells have it: a script can tell a stopped run from a complete one. A second signal

@@ -735,6 +735,21 @@ def test_a_run_and_one_that_was_stopped_and_resumed(run, runs, root):
     assert "error: [resume] lr must be that of the run in" in printed
 
 
+def test_a_disk_that_is_full(run, tmp_path, monkeypatch):
+    """The epoch's end is outlived, the run's end is not."""
+    write = train.write_atomic
+
+    def full(path, *arguments):
+        if path.name == "checkpoint.safetensors":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, *arguments)
+
+    monkeypatch.setattr(train, "write_atomic", full)
+    printed = run("--iterations", 1, "--out", tmp_path / "run", "--workers", 0, status=1)
+    assert printed == f"error: [Errno 28] No space left on device: '{tmp_path}/run/checkpoint.safetensors'"
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1]
+
+
 def test_an_ensemble_of_checkpoints(run, runs, root):
     """What the example prints is what `evaluate` finds."""
     run("--iterations", 1, "--out", runs / "plain", "--workers", 0, "--model", "plain18", "--augmentation",

@@ -75,12 +75,14 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
         intact = _checksum(metadata["tree"], arrays) == metadata["crc32"]
         expect(intact, "load", "the checkpoint is damaged: its checksum is wrong", CheckpointError, path=path)
-        return _join(json.loads(metadata["tree"]), arrays)
+        tree = _join(json.loads(metadata["tree"]), arrays)
+        expect(isinstance(tree, dict), "load", f"the items of {path} must have names", CheckpointError)
+        return tree
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"[load] {path} is no readable safetensors file: {error}") from error
-    except (LookupError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except Exception as error:  # a dtype that NumPy lacks, a place that is not in the tree, nesting too deep
         raise CheckpointError(f"[load] {path}: the tree of the checkpoint is malformed: {error!r}") from error
 
 
@@ -118,8 +120,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename, error.filename2 = os.fspath(path), None
-        raise
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
 
 
 def _remove_drafts_of_the_dead(path):

@@ -263,7 +263,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
-            line = json.loads(text)
+            line = json.loads(text.decode())  # or `loads` would guess at UTF-16
             _json_line(line)
         except (ValueError, RecursionError):  # no JSON, no UTF-8, NaN; nested too deep
             line = None
@@ -340,22 +340,24 @@ class Run:
         try:
             saved = load(self.checkpoint)
         except CheckpointError as error:
-            if not self.backup.exists():
-                raise
-            self._source, saved = self.backup, load(self.backup)
+            try:
+                self._source, saved = self.backup, load(self.backup)
+            except CheckpointError:
+                raise error from None
             print(f"{error}; going on from {self.backup}")
         step, seconds, before = (saved.get(name) for name in ("step", "seconds", "settings"))
         known = type(step) is int and step >= 0 and isinstance(seconds, (int, float)) and isinstance(before, dict)
         rule = f"{self._source} must be the checkpoint of a run"
         expect(known and "kernels" in saved and "random" in saved, "resume", rule, CheckpointError)
-        for name, value in self.settings.items():
+        for name, now in self.settings.items():
+            was = before.get(name)
             rule = f"{name} must be that of the run in {self.out}"
-            expect(before.get(name) == value, "resume", rule, CheckpointError, checkpoint=before.get(name), now=value)
+            expect(_same(was, now), "resume", rule, CheckpointError, checkpoint=was, now=now)
         if self._source == self.backup and self.checkpoint.exists():  # or the next `save` would make it the backup
             os.replace(self.checkpoint, self.out / "checkpoint.unreadable.safetensors")
         self.saved, self.step, self.seconds = saved, step, seconds
         print(f"resuming at step {step}")
-        if saved["kernels"] != self.kernels:
+        if not _same(saved["kernels"], self.kernels):
             print(f"other kernels than before ({saved['kernels']}): the last bits of the sums will differ")
 
     def restore(self, **parts: Any) -> None:
@@ -391,6 +393,12 @@ class Run:
         if note:
             print(note)
         print(run_summary(config, self.metrics.lines, self.out))
+
+
+def _same(a, b):
+    """Whether two JSON values are equal. An array, which a strange checkpoint can have in the place of one, is no one's
+    equal, and `==` would make an array of it."""
+    return json.dumps(a, sort_keys=True, default=repr) == json.dumps(b, sort_keys=True)
 
 
 class Progress:
