@@ -239,14 +239,17 @@ def test_the_file_before_is_kept(tmp_path, monkeypatch):
 
 
 def test_drafts_of_the_dead_are_removed(tmp_path):
+    """Also one of an earlier process by this one's number; but not those of the living, nor other files."""
     path = tmp_path / "a[b].c"
     with subprocess.Popen([sys.executable, "-c", ""]) as dead:
         pass
-    mine, huge, others = f".a[b].c.{os.getpid()}.1.tmp", f".a[b].c.{10**30}.1.tmp", ".ab.c.1.1.tmp"
-    for name in (mine, huge, others, f".a[b].c.{dead.pid}.1.tmp", ".a[b].c.x.1.tmp", ".a[b].c.tmp"):
+    for process in (dead.pid, os.getpid(), 10**30):
+        (tmp_path / f".a[b].c.{process}.1.tmp").touch()
+    kept = {f".a[b].c.{os.getppid()}.1.tmp", ".a[b].c.x.1.tmp", ".a[b].c.tmp", f".ab.c.{dead.pid}.1.tmp"}
+    for name in kept:
         (tmp_path / name).touch()
     tinyres.save(path, step=1)
-    assert set(os.listdir(tmp_path)) == {path.name, mine, others, ".a[b].c.x.1.tmp", ".a[b].c.tmp"}
+    assert set(os.listdir(tmp_path)) == {path.name, *kept}
 
 
 def test_many_threads_save_to_one_path(tmp_path):

@@ -27,6 +27,8 @@ from tinyres.errors import CheckpointError, expect
 FORMAT = "tinyres"
 VERSION = "1"
 
+_drafts: set[str] = set()  # that threads of this process are writing, by name
+
 
 def save(path: str | os.PathLike[str], /, **items: Any) -> None:
     """Write `items` to `path`, whole or not at all.
@@ -96,8 +98,9 @@ def write_atomic(path: str | os.PathLike[str], content: bytes, keep: str | os.Pa
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     with naming(path):
-        _remove_drafts_of_the_dead(path)
         try:
+            _drafts.add(draft.name)
+            _remove_abandoned_drafts(path)
             with open(draft, "wb") as file:
                 file.write(content)
                 file.flush()
@@ -106,6 +109,7 @@ def write_atomic(path: str | os.PathLike[str], content: bytes, keep: str | os.Pa
                 os.replace(path, keep)
             os.replace(draft, path)
         finally:
+            _drafts.discard(draft.name)
             draft.unlink(missing_ok=True)
         folder = os.open(path.parent, os.O_RDONLY)  # the rename is durable once the folder is
         try:
@@ -123,10 +127,14 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
 
 
-def _remove_drafts_of_the_dead(path):
+def _remove_abandoned_drafts(path):
     for draft in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = draft.name.split(".")[-3]
-        if process.isdecimal() and not _alive(int(process)):
+        if process == str(os.getpid()):  # in a container each process has the number of the one before it
+            abandoned = draft.name not in _drafts
+        else:
+            abandoned = process.isdecimal() and not _alive(int(process))
+        if abandoned:
             with contextlib.suppress(OSError):  # it is in nobody's way
                 draft.unlink()
 

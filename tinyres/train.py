@@ -365,16 +365,13 @@ class Run:
 
         Raises CheckpointError, naming file and part, where one does not fit.
         """
-        if not self.saved:
-            return
-        name = "random"
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(self.saved.get(name))
-            name = "random"
-            random.set_state(self.saved[name])
-        except TinyresError as error:
-            raise CheckpointError(f"[resume] {self._source}: {name} does not fit: {error}") from error
+        if self.saved:
+            loaders = {name: part.load_state_dict for name, part in parts.items()}
+            for name, load_state in {**loaders, "random": random.set_state}.items():
+                try:
+                    load_state(self.saved.get(name))
+                except TinyresError as error:
+                    raise CheckpointError(f"[resume] {self._source}: {name} does not fit: {error}") from error
 
     def save(self, **items: Any) -> None:
         """Write the checkpoint: where the run stands, and `items`, as `tinyres.save` takes them and with its errors."""
