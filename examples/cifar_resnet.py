@@ -7,12 +7,13 @@
     python examples/cifar_resnet.py --device emulated --depth 8 --iterations 5    through the CUDA kernels, on a CPU
 
 Into the folder --out it writes config.json, metrics.jsonl (a line an epoch), checkpoint.safetensors (every epoch, and
-when stopped) and curves.png. Ctrl-C or SIGTERM stops it after the step it is in, with a checkpoint; --resume goes on
-to the same bits as a run that was never stopped.
+when stopped; the one before stays as checkpoint.backup.safetensors) and curves.png. Ctrl-C or SIGTERM stops it after
+the step it is in, with a checkpoint; --resume goes on to the same bits as a run that was never stopped. A disk that is
+full does not stop it, unless it still is at the end.
 
-Exit status: 0 when the run is complete, 1 on an error (no data, NaN loss ...), 128 + signal number when stopped, so
-130 after Ctrl-C, as shells have it: a script can tell a stopped run from a complete one. A second signal stops it at
-once (130), without a checkpoint of its own.
+Exit status: 0 when the run is complete, 1 on an error (no data, NaN loss, nothing saved ...), 128 + signal number when
+stopped, so 130 after Ctrl-C, as shells have it: a script can tell a stopped run from a complete one. A second signal
+stops it at once (130), without a checkpoint of its own.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from tinyres.train import (
     choose_device,
     environment,
     evaluate,
+    going_on,
     recompute_batch_norm,
 )
 
@@ -243,25 +245,27 @@ def main():
                     recompute_batch_norm(model, train_loader)
                 test_loss, test_error = evaluate(model, test_loader, run.step)
                 run.seconds += elapsed + watch.lap()
-                run.metrics.write(
-                    step=run.step,
-                    epoch=run.step / steps_per_epoch,
-                    lr=optimizer.lr,
-                    train_loss=train_loss,
-                    train_error=train_error,
-                    test_loss=test_loss,
-                    test_error=test_error,
-                    images_per_second=round(running.images_per_second, 1),
-                    seconds=round(run.seconds, 2),
-                )
+                with going_on(progress.line):
+                    run.metrics.write(
+                        step=run.step,
+                        epoch=run.step / steps_per_epoch,
+                        lr=optimizer.lr,
+                        train_loss=train_loss,
+                        train_error=train_error,
+                        test_loss=test_loss,
+                        test_error=test_error,
+                        images_per_second=round(running.images_per_second, 1),
+                        seconds=round(run.seconds, 2),
+                    )
                 progress.line(
                     f"epoch {run.step / steps_per_epoch:.4g}: train loss {train_loss:.4f}, error {train_error:.2f} %, "
                     f"test error {test_error:.2f} %, {running.images_per_second:.0f} images/s"
                 )
                 if run.step % steps_per_epoch == 0:
                     running.reset()
-                save_checkpoint()
-                saved_step = run.step
+                with going_on(progress.line):
+                    save_checkpoint()
+                    saved_step = run.step
                 watch.lap()
         if saved_step != run.step:
             check_finite(running.loss, model, x, run.step)  # before a good checkpoint is replaced

@@ -10,12 +10,13 @@
         --evaluate runs/a/checkpoint.safetensors runs/b/checkpoint.safetensors    an ensemble's top-1 and top-5 errors
 
 It needs Pillow: pip install tinyres[image]. Into the folder --out it writes config.json, metrics.jsonl (a line an
-epoch), checkpoint.safetensors (every epoch, and when stopped) and curves.png. Ctrl-C or SIGTERM stops it after the step
-it is in, with a checkpoint; --resume goes on to the same bits as a run that was never stopped.
+epoch), checkpoint.safetensors (every epoch, and when stopped; the one before stays as checkpoint.backup.safetensors)
+and curves.png. Ctrl-C or SIGTERM stops it after the step it is in, with a checkpoint; --resume goes on to the same bits
+as a run that was never stopped. A disk that is full does not stop it, unless it still is at the end.
 
-Exit status: 0 when the run is complete, 1 on an error (no data, NaN loss ...), 128 + signal number when stopped, so
-130 after Ctrl-C, as shells have it: a script can tell a stopped run from a complete one. A second signal stops it at
-once (130), without a checkpoint of its own.
+Exit status: 0 when the run is complete, 1 on an error (no data, NaN loss, nothing saved ...), 128 + signal number when
+stopped, so 130 after Ctrl-C, as shells have it: a script can tell a stopped run from a complete one. A second signal
+stops it at once (130), without a checkpoint of its own.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from tinyres.train import (
     check_finite,
     choose_device,
     environment,
+    going_on,
     recompute_batch_norm,
 )
 
@@ -313,26 +315,28 @@ def main():
                     recompute_batch_norm(model, train_loader)
                 test = classify.evaluate(model, test_loader, args.test, args.test_batch_size)
                 run.seconds += elapsed + watch.lap()
-                run.metrics.write(
-                    step=run.step,
-                    epoch=run.step / steps_per_epoch,
-                    lr=optimizer.lr,
-                    train_loss=train_loss,
-                    train_error=train_error,
-                    test_loss=test.loss,
-                    test_error=test.top1,
-                    test_top5_error=test.top5,
-                    images_per_second=round(running.images_per_second, 1),
-                    seconds=round(run.seconds, 2),
-                )
+                with going_on(progress.line):
+                    run.metrics.write(
+                        step=run.step,
+                        epoch=run.step / steps_per_epoch,
+                        lr=optimizer.lr,
+                        train_loss=train_loss,
+                        train_error=train_error,
+                        test_loss=test.loss,
+                        test_error=test.top1,
+                        test_top5_error=test.top5,
+                        images_per_second=round(running.images_per_second, 1),
+                        seconds=round(run.seconds, 2),
+                    )
                 progress.line(
                     f"epoch {run.step / steps_per_epoch:.4g}: train loss {train_loss:.4f}, error {train_error:.2f} %, "
                     f"test error {test.top1:.2f} % (top-5 {test.top5:.2f} %), {running.images_per_second:.0f} images/s"
                 )
                 if run.step % steps_per_epoch == 0:
                     running.reset()
-                save_checkpoint()
-                saved_step = run.step
+                with going_on(progress.line):
+                    save_checkpoint()
+                    saved_step = run.step
                 watch.lap()
         if saved_step != run.step:
             check_finite(running.loss, model, x, run.step)  # before a good checkpoint is replaced

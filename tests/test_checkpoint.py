@@ -2,7 +2,13 @@
 
 import json
 import os
+import resource
 import struct
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,15 +112,18 @@ def test_missing_file_and_folder(tmp_path):
 
 
 def test_every_damage_is_noticed(tmp_path):
-    """Each truncation and each flipped byte: refused, or (spaces that pad the header) the tree unchanged."""
+    """Each truncation and each flipped bit: refused, or (spaces that pad the header) the tree unchanged."""
     path = tmp_path / "c"
     tree = {"weights": {"w": np.arange(6, dtype=np.float32)}, "step": 7}
     tinyres.save(path, **tree)
     whole = path.read_bytes()
     damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\0"]
-    damaged += [whole[:i] + bytes([whole[i] ^ 0x10]) + whole[i + 1 :] for i in range(len(whole))]
+    damaged += [
+        whole[:i] + bytes([whole[i] ^ 1 << bit]) + whole[i + 1 :] for i in range(len(whole)) for bit in range(8)
+    ]
     refused = 0
     for content in damaged:
+        path.unlink()  # a file that is cut to nothing and written again is waited for by some file systems
         path.write_bytes(content)
         try:
             assert_same(tinyres.load(path), tree)
@@ -142,17 +151,112 @@ def test_foreign_and_newer_files(tmp_path):
         tinyres.load(tmp_path / "c")
 
 
-@pytest.mark.parametrize("fails", ["fsync", "replace"])
+def test_a_tree_without_end(tmp_path):
+    tree = []
+    tree.append(tree)
+    with pytest.raises(CheckpointError, match=r"^\[save\] the items cannot be stored"):
+        tinyres.save(tmp_path / "c", tree=tree)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Files that cannot be written -----------------------------------------------------------------------------------------
+
+
+def broken(*args):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("fails", ["open", "fsync", "replace"])
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch, fails):
     path = tmp_path / "c"
     tinyres.save(path, step=1)
-
-    def broken(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.os, fails, broken)
-    with pytest.raises(OSError, match="No space left"):
+    if fails == "open":
+        monkeypatch.setattr(checkpoint, "open", broken, raising=False)
+    else:
+        monkeypatch.setattr(checkpoint.os, fails, broken)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'$"):
         tinyres.save(path, step=2)
     monkeypatch.undo()
     assert tinyres.load(path) == {"step": 1}
     assert os.listdir(tmp_path) == ["c"]
+
+
+@pytest.mark.parametrize("room", [0, 1, 100, 4096])
+def test_a_disk_that_is_full(tmp_path, room):
+    """For real: the system lets no file grow past `room` bytes."""
+    path = tmp_path / "c"
+    tinyres.save(path, w=np.zeros(5000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{path}'$"):
+            tinyres.save(path, w=np.ones(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert tinyres.load(path)["w"].sum() == 0 and os.listdir(tmp_path) == ["c"]
+
+
+def test_a_folder_that_is_read_only_or_gone():
+    with tempfile.TemporaryDirectory() as place:  # pytest's folder is one that only its owner may look into
+        path = Path(place) / "folder" / "c"
+        os.chmod(place, 0o755)
+        path.parent.mkdir()
+        tinyres.save(path, step=1)
+        user = os.geteuid()
+        path.parent.chmod(0o555)
+        if user == 0:  # whom no permission stops
+            os.seteuid(65534)
+        try:
+            with pytest.raises(PermissionError, match=f"'{path}'"):
+                tinyres.save(path, step=2)
+        finally:
+            os.seteuid(user)
+        path.parent.chmod(0o755)
+        assert tinyres.load(path) == {"step": 1} and os.listdir(path.parent) == ["c"]
+        path.parent.rename(Path(place) / "elsewhere")
+        with pytest.raises(FileNotFoundError, match=f"'{path}'"):
+            tinyres.save(path, step=2)
+        assert tinyres.load(Path(place) / "elsewhere" / "c") == {"step": 1}
+
+
+def test_the_file_before_is_kept(tmp_path, monkeypatch):
+    path, kept = tmp_path / "c", tmp_path / "kept"
+    for content in (b"1", b"2", b"3"):
+        checkpoint.write_atomic(path, content, kept)
+    assert path.read_bytes() == b"3" and kept.read_bytes() == b"2"
+    replace, moves = os.replace, []
+
+    def killed(*paths):
+        moves.append(paths)
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    monkeypatch.setattr(checkpoint.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_atomic(path, b"4", kept)
+    assert kept.read_bytes() == b"3" and os.listdir(tmp_path) == ["kept"]  # and so `Run` looks there too
+
+
+def test_drafts_of_the_dead_are_removed(tmp_path):
+    """Also one of an earlier process by this one's number; but not those of the living, nor other files."""
+    path = tmp_path / "a[b].c"
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:
+        pass
+    for process in (dead.pid, os.getpid(), 10**30):
+        (tmp_path / f".a[b].c.{process}.1.tmp").touch()
+    kept = {f".a[b].c.{os.getppid()}.1.tmp", ".a[b].c.x.1.tmp", ".a[b].c.tmp", f".ab.c.{dead.pid}.1.tmp"}
+    for name in kept:
+        (tmp_path / name).touch()
+    tinyres.save(path, step=1)
+    assert set(os.listdir(tmp_path)) == {path.name, *kept}
+
+
+def test_many_threads_save_to_one_path(tmp_path):
+    def save(step):
+        for _ in range(30):
+            tinyres.save(tmp_path / "c", step=step)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(save, range(4)))
+    assert tinyres.load(tmp_path / "c")["step"] in range(4) and os.listdir(tmp_path) == ["c"]

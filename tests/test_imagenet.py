@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 import tinyres
+from runs import FILES, metrics, state
 from tinyres import classify, nn, train
 from tinyres.backend.random import Stream
 from tinyres.data import folder, transforms
@@ -707,22 +708,6 @@ def run(root, capfd, monkeypatch):
     return run
 
 
-def state(out):
-    def leaves(tree, path=()):
-        if isinstance(tree, dict):
-            return {k: v for key, item in tree.items() for k, v in leaves(item, (*path, key)).items()}
-        if isinstance(tree, np.ndarray):
-            tree = (tree.dtype.str, tree.shape, tree.tobytes())
-        return {} if "seconds" in path else {path: tree}
-
-    return leaves(tinyres.load(out / "checkpoint.safetensors"))
-
-
-def metrics(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
@@ -732,8 +717,7 @@ def test_a_run_and_one_that_was_stopped_and_resumed(run, runs, root):
     """Another number of workers each time, and the same bits."""
     same = ["--iterations", 5, "--mean", "pixel", "--skip", "dropout"]  # dropout draws numbers of its own
     printed = run(*same, "--out", runs / "whole", "--workers", 0)
-    files = {"config.json", "metrics.jsonl", "checkpoint.safetensors", "curves.png"}
-    assert {path.name for path in (runs / "whole").iterdir()} == files
+    assert {path.name for path in (runs / "whole").iterdir()} == FILES
     lines = metrics(runs / "whole")
     assert [line["step"] for line in lines] == [3, 5] and [line["lr"] for line in lines] == [0.1, 0.1 * 0.1]
     for line in lines:
@@ -777,6 +761,21 @@ def test_images_held_out_and_no_augmentation(run, runs, tmp_path):
         x, labels = next(loader.epoch())
     loss = tinyres.ops.cross_entropy(NARROW(18, num_classes=3)(tinyres.tensor(x)), labels)
     assert metrics(runs / "held")[0]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_a_disk_that_is_full(run, tmp_path, monkeypatch):
+    """The epoch's end is outlived, the run's end is not."""
+    write = train.write_atomic
+
+    def full(path, *arguments):
+        if path.name == "checkpoint.safetensors":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, *arguments)
+
+    monkeypatch.setattr(train, "write_atomic", full)
+    printed = run("--iterations", 4, "--out", tmp_path / "run", "--workers", 0, status=1)
+    assert printed == f"error: [Errno 28] No space left on device: '{tmp_path}/run/checkpoint.safetensors'"
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [3, 4]
 
 
 def test_an_ensemble_of_checkpoints(run, runs, root):

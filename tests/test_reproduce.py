@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import tinyres
+from runs import write_tiny_cifar
 from tinyres import analysis, models, nn, ops
 from tinyres.backend import random
 from tinyres.errors import ArgumentError, CheckpointError, DtypeError, ShapeError
@@ -260,15 +261,8 @@ def test_names_of_runs(paper):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder in CIFAR-10's binary form with 160 training and 20 test images of noise: one batch of 128 an epoch."""
-    folder = tmp_path_factory.mktemp("data") / "cifar-10-batches-bin"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name, count in [(f"data_batch_{i}", 32) for i in range(1, 6)] + [("test_batch", 20)]:
-        records = rng.integers(0, 256, (count, 1 + 3 * 32 * 32), dtype=np.uint8)
-        records[:, 0] = rng.integers(0, 10, count)
-        (folder / f"{name}.bin").write_bytes(records.tobytes())
-    return folder
+    """160 training and 20 test images of noise: one batch of 128 an epoch."""
+    return write_tiny_cifar(tmp_path_factory.mktemp("data"), images=32)
 
 
 def reproduce(paper, *words):

@@ -200,7 +200,7 @@ def test_files_that_cannot_be_read(tmp_path):
     header = b'{"conv1.weight":{"dtype":"BF16","shape":[1],"data_offsets":[0,2]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0")
     # NumPy knows bfloat16 once ml_dtypes is imported, but not as numbers.
-    with pytest.raises(CheckpointError, match="conv1.weight is (of a type that NumPy lacks|no array of numbers)"):
+    with pytest.raises(CheckpointError, match="conv1.weight is (of a type .* that NumPy lacks|no array of num)"):
         import_torch(model, path)
     tinyres.save(path, model=model)
     with pytest.raises(CheckpointError, match="missing conv1.weight; .*unexpected model/0.weight"):

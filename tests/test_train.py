@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,17 +14,19 @@ import numpy as np
 import pytest
 
 import tinyres
+from runs import FILES, metrics, state, write_tiny_cifar
 from tinyres import nn, train
 from tinyres.backend import random
 from tinyres.errors import CheckpointError, NonFiniteError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar_resnet.py"
+CHECKPOINT = "checkpoint.safetensors"
 
-FILES = {"config.json", "metrics.jsonl", "checkpoint.safetensors", "curves.png"}
-
-# Runs the example; argv: when a Ctrl-C arrives (steps, or "load"; comma between), the example, its own arguments
+# Runs the example; argv: what happens when, with commas between, the example, its own arguments. "3" is a Ctrl-C at
+# step 3, "load" one while data are loaded; at "full3" the disk is full, no file may outgrow 100 bytes, and at "room3"
+# it no longer is.
 DRIVER = """
-import runpy, signal, sys
+import resource, runpy, signal, sys
 from tinyres import data
 
 class Loader(data.Loader):
@@ -36,6 +39,9 @@ class Loader(data.Loader):
         return super().batch(step)
 
     def stop_at(self, now):
+        for event, room in (("full", 100), ("room", resource.RLIM_INFINITY)):
+            if event + now in stops:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
         for _ in range(stops.count(now)):
             signal.raise_signal(signal.SIGINT)
 
@@ -49,15 +55,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A folder in CIFAR-10's binary form with 50 training and 20 test images of noise: 3 batches of 16 an epoch."""
-    folder = tmp_path_factory.mktemp("data") / "cifar-10-batches-bin"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for name, count in [(f"data_batch_{i}", 10) for i in range(1, 6)] + [("test_batch", 20)]:
-        records = rng.integers(0, 256, (count, 1 + 3 * 32 * 32), dtype=np.uint8)
-        records[:, 0] = rng.integers(0, 10, count)
-        (folder / f"{name}.bin").write_bytes(records.tobytes())
-    return folder
+    """50 training and 20 test images of noise: 3 batches of 16 an epoch."""
+    return write_tiny_cifar(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -74,26 +73,6 @@ def run(tiny):
         return done.stdout + done.stderr
 
     return run
-
-
-def metrics(out, *, timing=False):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if timing or k not in ("seconds", "images_per_second")} for line in lines]
-
-
-def leaves(tree, path=()):
-    """Every value of a checkpoint but the times, by path; arrays as dtype, shape and bytes."""
-    if isinstance(tree, dict):
-        return {k: v for key, item in tree.items() for k, v in leaves(item, (*path, key)).items()}
-    if isinstance(tree, list):
-        return {k: v for i, item in enumerate(tree) for k, v in leaves(item, (*path, i)).items()}
-    if isinstance(tree, np.ndarray):
-        tree = (tree.dtype.str, tree.shape, tree.tobytes())
-    return {} if "seconds" in path else {path: tree}
-
-
-def state(out):
-    return leaves(tinyres.load(out / "checkpoint.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +152,28 @@ def test_a_folder_that_cannot_be_written(run, tmp_path):
         printed = run(out, "--iterations", "1", status=1)
         assert str(out) in printed.splitlines()[-1] and printed.splitlines()[-1].startswith("error: ")
         assert "Traceback" not in printed
+
+
+def test_a_disk_that_is_full_for_a_while(run, whole, tmp_path):
+    """Neither the checkpoint nor more than half a line of metrics can be written at step 3; at step 6 all can."""
+    out = tmp_path / "run"
+    printed = run(out, "--iterations", "7", stop_at="full2,room5")
+    notes = [line for line in printed.splitlines() if "not written" in line]
+    wanted = [f"not written: [Errno 27] File too large: '{out}/{name}'" for name in ("metrics.jsonl", CHECKPOINT)]
+    assert [note.split(";")[0] for note in notes] == wanted
+    assert state(out) == state(whole[0]) and metrics(out) == metrics(whole[0])
+
+
+def test_a_disk_that_is_full_to_the_end(run, whole, tmp_path):
+    """Status 1, the checkpoint of step 3 as it was, and the run goes on from there."""
+    out = tmp_path / "run"
+    printed = run(out, "--iterations", "7", stop_at="full4", status=1)
+    assert printed.count("not written: ") == 4 and "epoch 2: train loss" in printed and "Traceback" not in printed
+    assert f"error: [Errno 27] File too large: '{out}/{CHECKPOINT}'\n" in printed
+    assert tinyres.load(out / CHECKPOINT)["step"] == 3
+    printed = run(out, "--iterations", "7", "--resume")
+    assert "resuming at step 3" in printed
+    assert state(out) == state(whole[0]) and metrics(out) == metrics(whole[0])
 
 
 def test_resume_refuses_garbage_in_the_metrics(run, tmp_path):
@@ -336,6 +337,122 @@ def test_metrics_log(tmp_path):
     assert log.lines == [] and path.read_text() == ""
 
 
+def test_metrics_that_cannot_be_written(tmp_path, monkeypatch):
+    """They come with the next line, or at the end, and half a line goes."""
+    path = tmp_path / "metrics.jsonl"
+    log = train.MetricsLog(path)
+    log.write(step=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in (2, 3):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))  # a line and a half
+        try:
+            with pytest.raises(OSError, match=f"'{path}'$"):
+                log.write(step=step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_bytes() == b'{"step": 1}\n{"st'
+    log.write(step=4)
+    assert [line["step"] for line in train.read_metrics(path)] == [1, 2, 3, 4]
+    path.unlink()
+    log.write(step=5)
+    assert train.read_metrics(path) == log.lines and len(log.lines) == 5
+    path.write_bytes(b"")
+    log.complete()
+    assert train.read_metrics(path) == log.lines
+    monkeypatch.setattr(train, "write_atomic", None)
+    log.complete()  # nothing is to be done
+
+
+class Part:
+    """Something that a run saves and restores."""
+
+    def __init__(self, value=None):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+def run_in(out, *, resume=True, **settings):
+    return train.Run(out, {"lr": 0.1, **settings}, {"device": "cpu"}, resume)
+
+
+@pytest.fixture
+def saved_twice(tmp_path):
+    """A run's folder with checkpoints of steps 1 and 2, the later one's `part` being twenty."""
+    run = run_in(tmp_path)
+    for run.step in (1, 2):
+        run.save(part=Part(10 * run.step))
+        run.metrics.write(step=run.step)
+    return tmp_path
+
+
+def test_a_damaged_checkpoint_has_a_backup(saved_twice, capsys):
+    """Whatever bit of it is flipped, the run goes on: from there (spaces that pad the header) or the one before."""
+    path, backup = saved_twice / CHECKPOINT, (saved_twice / "checkpoint.backup.safetensors").read_bytes()
+    whole, metrics = path.read_bytes(), (saved_twice / "metrics.jsonl").read_bytes()
+    steps = []
+    for place in range(0, len(whole), 3):
+        damaged = whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]
+        path.unlink(missing_ok=True)
+        path.write_bytes(damaged)
+        (saved_twice / "metrics.jsonl").write_bytes(metrics)
+        run, part = run_in(saved_twice), Part()
+        run.restore(part=part)
+        assert part.value == 10 * run.step and [line["step"] for line in run.metrics.lines][-1] == run.step
+        steps.append(run.step)
+        if run.step == 1:
+            assert (saved_twice / "checkpoint.unreadable.safetensors").read_bytes() == damaged and not path.exists()
+        assert (saved_twice / "checkpoint.backup.safetensors").read_bytes() == backup
+    assert steps.count(1) >= len(steps) - 8
+    assert f"going on from {saved_twice}/checkpoint.backup.safetensors\nresuming at step 1" in capsys.readouterr().out
+
+
+def test_killed_between_the_two_moves(saved_twice):
+    os.replace(saved_twice / CHECKPOINT, saved_twice / "checkpoint.backup.safetensors")
+    run = run_in(saved_twice)
+    assert run.step == 2 and run.saved["part"] == {"value": 20}
+    run.step = 3
+    run.save(part=Part(30))
+    assert tinyres.load(saved_twice / CHECKPOINT)["step"] == 3
+    assert tinyres.load(saved_twice / "checkpoint.backup.safetensors")["step"] == 2
+
+
+def test_checkpoints_that_a_run_cannot_go_on_from(saved_twice):
+    """Of other settings, both damaged, of a newer version, of no run, of another model: all stays as it was."""
+
+    def refused(message, **settings):
+        before = {path.name: path.read_bytes() for path in saved_twice.iterdir()}
+        with pytest.raises(CheckpointError, match=message):
+            run = run_in(saved_twice, **settings)
+            run.restore(part=nn.Linear(2, 2))
+        assert {path.name: path.read_bytes() for path in saved_twice.iterdir()} == before
+
+    path, backup = saved_twice / CHECKPOINT, saved_twice / "checkpoint.backup.safetensors"
+    refused(r"^\[resume\] lr must be that of the run in .*; got checkpoint 0.1, now 0.2", lr=0.2)
+    refused(rf"^\[resume\] {path}: part does not fit: .*missing weight; .*unexpected value")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    refused(r"lr must be", lr=0.2)
+    backup.write_bytes(b"")
+    refused(rf"^\[load\] {path} is no readable safetensors file")
+    backup.unlink()
+    refused(rf"^\[load\] {path} is no readable safetensors file")
+    path.write_bytes(content.replace(b'"version":"1"', b'"version":"2"'))
+    refused(r"reads checkpoints of format version 1; got .* version 2")
+    tinyres.save(path, weights=np.ones(2))
+    refused(rf"^\[resume\] {path} must be the checkpoint of a run")
+
+
+def test_afresh_takes_the_backup_along(saved_twice):
+    run_in(saved_twice, resume=False)
+    names = {"checkpoint.previous.safetensors", "checkpoint.backup.previous.safetensors", "metrics.previous.jsonl"}
+    assert {path.name for path in saved_twice.iterdir()} == {*names, "metrics.jsonl"}
+
+
 @pytest.mark.parametrize("garbage", [b"{", b"\xff", b"", b"[1]", b'{"loss": 1}', b'{"step": "1"}'])
 def test_garbage_in_metrics_is_named(tmp_path, garbage):
     path = tmp_path / "metrics.jsonl"
@@ -394,6 +511,13 @@ def test_curves_without_matplotlib_or_epochs(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     note = train.plot_curves(tmp_path / "absent", tmp_path / "curves.png")
     assert "pip install matplotlib" in note and "\n" not in note and not any(tmp_path.iterdir())
+
+
+def test_curves_that_cannot_be_written(tmp_path):
+    line = {"step": 1, "test_error": 1.0, "train_error": 1.0, "train_loss": 1.0, "lr": 0.1}
+    train.MetricsLog(tmp_path / "metrics.jsonl").write(**line)
+    note = train.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "absent" / "curves.png")
+    assert note.startswith("no curves.png: [Errno 2]")
 
 
 def test_durations_and_memory():

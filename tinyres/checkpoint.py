@@ -8,9 +8,13 @@ both, since the safetensors format itself has none.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
+import threading
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,8 @@ from tinyres.errors import CheckpointError, expect
 FORMAT = "tinyres"
 VERSION = "1"
 
+_drafts: set[str] = set()  # that threads of this process are writing, by name
+
 
 def save(path: str | os.PathLike[str], /, **items: Any) -> None:
     """Write `items` to `path`, whole or not at all.
@@ -32,19 +38,24 @@ def save(path: str | os.PathLike[str], /, **items: Any) -> None:
     shape, 0-d ones too; tuples become lists. A file that stood at `path` is replaced only when the new one is safely
     on disk.
 
-    Raises CheckpointError for a value that cannot be stored; OSError where the folder cannot be written.
+    Raises CheckpointError for a value that cannot be stored; OSError, naming the file, where it cannot be written.
     """
-    from safetensors.numpy import save as serialize
+    write_atomic(path, serialize(items))
 
-    path = Path(path)
+
+def serialize(items: dict[str, Any]) -> bytes:
+    """The content of the file that `save` makes of `items`. Raises CheckpointError as it does."""
+    from safetensors.numpy import save as safetensors_file
+
     arrays: dict[str, np.ndarray] = {}
-    tree = json.dumps(_split(items, (), arrays))
     try:
+        tree = json.dumps(_split(items, (), arrays))
         metadata = {"format": FORMAT, "version": VERSION, "tree": tree, "crc32": _checksum(tree, arrays)}
-        content = serialize(arrays, metadata)
-    except Exception as error:  # SafetensorError or TypeError for the dtype, UnicodeError for a lone surrogate
-        raise CheckpointError(f"[save] {path}: {error}") from error
-    write_atomic(path, content)
+        return safetensors_file(arrays, metadata)
+    except CheckpointError:
+        raise
+    except Exception as error:  # SafetensorError or TypeError for a dtype, UnicodeError, RecursionError for a tree
+        raise CheckpointError(f"[save] the items cannot be stored: {error}") from error
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -66,32 +77,76 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
         intact = _checksum(metadata["tree"], arrays) == metadata["crc32"]
         expect(intact, "load", "the checkpoint is damaged: its checksum is wrong", CheckpointError, path=path)
-        return _join(json.loads(metadata["tree"]), arrays)
+        tree = _join(json.loads(metadata["tree"]), arrays)
+        expect(isinstance(tree, dict), "load", f"the items of {path} must have names", CheckpointError)
+        return tree
+    except CheckpointError:
+        raise
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"[load] {path} is no readable safetensors file: {error}") from error
-    except (LookupError, TypeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except Exception as error:  # a dtype that NumPy lacks, a place that is not in the tree, nesting too deep
         raise CheckpointError(f"[load] {path}: the tree of the checkpoint is malformed: {error!r}") from error
 
 
-def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replace the file at `path` by the bytes `content`: after a crash at any moment it holds the old or the new."""
+def write_atomic(path: str | os.PathLike[str], content: bytes, keep: str | os.PathLike[str] | None = None) -> None:
+    """Replace the file at `path` by the bytes `content`: after a crash at any moment it holds the old or the new.
+
+    keep  where the old file goes, if it is to be kept; a crash between the two moves leaves it there alone
+    What is written first is a draft beside `path`, of this process and thread alone; a draft that a killed process
+    left is removed by the next one that writes the same file. Raises OSError, naming `path`.
+    """
     path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    with naming(path):
+        try:
+            _drafts.add(draft.name)
+            _remove_abandoned_drafts(path)
+            with open(draft, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                os.replace(path, keep)
+            os.replace(draft, path)
+        finally:
+            _drafts.discard(draft.name)
+            draft.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)  # the rename is durable once the folder is
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an OSError from within name `path`: those of a full disk name no file, others would name a draft."""
     try:
-        with open(draft, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename is durable once the folder is
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
+
+
+def _remove_abandoned_drafts(path):
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = draft.name.split(".")[-3]
+        if process == str(os.getpid()):  # in a container each process has the number of the one before it
+            abandoned = draft.name not in _drafts
+        else:
+            abandoned = process.isdecimal() and not _alive(int(process))
+        if abandoned:
+            with contextlib.suppress(OSError):  # it is in nobody's way
+                draft.unlink()
+
+
+def _alive(process):
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        os.kill(process, 0)  # no signal, only the question
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
 
 
 def _split(value, path, arrays):

@@ -139,9 +139,14 @@ def import_torch(model: Module, path: str | os.PathLike[str]) -> None:
         )
         expect(not pickled, op, rule, CheckpointError, path=path)
         raise CheckpointError(f"[{op}] {path} is no readable safetensors file: {error}") from error
-    except TypeError as error:  # bfloat16, say
-        raise CheckpointError(f"[{op}] {path}: {name} is of a type that NumPy lacks: {error}") from error
-    from_torch(model, state)
+    except OSError:
+        raise
+    except Exception as error:  # bfloat16 or float8, say, or more axes than NumPy has
+        raise CheckpointError(f"[{op}] {path}: {name} is of a type or shape that NumPy lacks: {error}") from error
+    try:
+        from_torch(model, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"[{op}] {path}: {error}") from None
 
 
 def _as_array(value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -18,8 +20,8 @@ import numpy as np
 from tinyres import _cpu, backend, ops
 from tinyres.autograd import Tensor, no_grad, tensor
 from tinyres.backend import Array, random
-from tinyres.checkpoint import load, save, write_atomic
-from tinyres.errors import CheckpointError, DeviceError, NonFiniteError, expect
+from tinyres.checkpoint import load, naming, serialize, write_atomic
+from tinyres.errors import CheckpointError, DeviceError, NonFiniteError, TinyresError, expect
 from tinyres.nn import BatchNorm2d, Module
 from tinyres.nn.module import home_of
 from tinyres.version import __version__
@@ -86,6 +88,10 @@ class Running:
         return {"images": self.images, "wrong": self.wrong, "loss_sum": self.loss_sum, "seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned. Raises CheckpointError for anything else."""
+        numbers = isinstance(state, dict) and all(isinstance(value, (int, float)) for value in state.values())
+        rule = f"needs numbers by the names {sorted(self.state_dict())}"
+        expect(numbers and state.keys() == self.state_dict().keys(), "Running", rule, CheckpointError, state=state)
         self.images, self._wrong = state["images"], state["wrong"]
         self._loss_sum, self.seconds = state["loss_sum"], state["seconds"]
 
@@ -200,9 +206,10 @@ class MetricsLog:
     """`metrics.jsonl`: one JSON object a line, appended and on disk before `write` returns.
 
     Lines of steps past `step` are dropped on opening: the run goes on from a checkpoint at that step and will write
-    them again. `step=0` starts the file afresh. `lines` holds what stands in the file, as dicts.
-    Raises CheckpointError as `read_metrics` does; `write` raises NonFiniteError for a NaN or an infinity, for which
-    JSON has no words.
+    them again. `step=0` starts the file afresh. `lines` holds all of them, as dicts, also one that could not be
+    written: the next `write`, or `complete`, makes the file whole again.
+    Raises CheckpointError as `read_metrics` does, OSError, naming the file, where it cannot be written; `write` raises
+    NonFiniteError for a NaN or an infinity, for which JSON has no words.
     """
 
     path: Path
@@ -211,19 +218,39 @@ class MetricsLog:
     def __init__(self, path: str | os.PathLike[str], step: int = 0) -> None:
         self.path = Path(path)
         self.lines = [line for line in read_metrics(path) if line["step"] <= step] if step else []
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        write_atomic(self.path, text.encode())
+        self._size = sum(len(text) for text in map(_json_line, self.lines))  # of the file, once it holds all lines
+        self._write_anew()
 
     def write(self, **line: Any) -> None:
         try:
-            text = json.dumps(line, allow_nan=False)
+            text = _json_line(line)
         except ValueError as error:
             raise NonFiniteError(f"[metrics] a line must hold finite numbers; got {line}") from error
         self.lines.append(line)
-        with open(self.path, "a") as file:
-            file.write(text + "\n")
+        self._size += len(text)
+        if self._missing() != len(text):  # an earlier line too, or a part of it is there
+            self._write_anew()
+            return
+        with naming(self.path), open(self.path, "ab") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
+
+    def complete(self) -> None:
+        """Write what could not be written before, if there is any."""
+        if self._missing():
+            self._write_anew()
+
+    def _missing(self):
+        """How many bytes the file lacks."""
+        return self._size - (self.path.stat().st_size if self.path.exists() else 0)
+
+    def _write_anew(self):
+        write_atomic(self.path, b"".join(map(_json_line, self.lines)))
+
+
+def _json_line(line):
+    return (json.dumps(line, allow_nan=False) + "\n").encode()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -236,8 +263,9 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
         try:
-            line = json.loads(text)
-        except ValueError:  # JSONDecodeError, UnicodeDecodeError
+            line = json.loads(text.decode())  # or `loads` would guess at UTF-16
+            _json_line(line)
+        except (ValueError, RecursionError):  # no JSON, no UTF-8, NaN; nested too deep
             line = None
         if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
             raise CheckpointError(f"[metrics] {path}, line {number}: must be a JSON object with a step")
@@ -255,6 +283,19 @@ def choose_device(name: str) -> str:
         return "cpu"
 
 
+@contextlib.contextmanager
+def going_on(say: Callable[[str], object]) -> Iterator[None]:
+    """Let the run outlive a file that cannot be written now: an OSError from within becomes a line for `say`.
+
+    A full disk, a folder that is read-only or gone may be well again before the run ends, and hours of training hang
+    on it. So only the last attempt, at the run's end, is made without this.
+    """
+    try:
+        yield
+    except OSError as error:
+        say(f"not written: {error}; the run goes on and will try again")
+
+
 class Run:
     """The folder of a training run: what it goes on from, and what it leaves behind.
 
@@ -266,8 +307,12 @@ class Run:
     step, seconds   where it stands; the loop counts them up
     metrics     a MetricsLog, cut back to `step`
 
-    Raises CheckpointError for a checkpoint that cannot be read or of other settings, OSError for a folder that cannot
-    be written.
+    The checkpoint before the last is kept as checkpoint.backup.safetensors: to replace a file in one step guards
+    against crashes, not against a disk that damages what it was given. A checkpoint that cannot be read is moved aside
+    and the run goes on from the backup, to the same bits.
+
+    Raises CheckpointError where neither can be read, or for one of other settings; OSError for a folder that cannot be
+    written.
     """
 
     saved: dict[str, Any] | None
@@ -277,48 +322,80 @@ class Run:
 
     def __init__(self, out: Path, settings: dict[str, Any], kernels: dict[str, Any], resume: bool) -> None:
         self.out, self.settings, self.kernels = out, settings, kernels
-        self.checkpoint = out / "checkpoint.safetensors"
+        self.checkpoint, self.backup = out / "checkpoint.safetensors", out / "checkpoint.backup.safetensors"
         self.step, self.seconds, self.saved = 0, 0.0, None
         out.mkdir(parents=True, exist_ok=True)
-        if resume and self.checkpoint.exists():
-            self.saved = saved = load(self.checkpoint)
-            for name, value in settings.items():
-                before = saved.get("settings", {}).get(name)
-                rule = f"{name} must be that of the run in {out}"
-                expect(before == value, "resume", rule, CheckpointError, checkpoint=before, now=value)
-            self.step, self.seconds = saved["step"], saved["seconds"]
-            print(f"resuming at step {self.step}")
-            if saved["kernels"] != kernels:
-                print(f"other kernels than before ({saved['kernels']}): the last bits of the sums will differ")
-        elif self.checkpoint.exists():  # of another run: must not outlive that run's metrics, nor be lost
-            for path in (self.checkpoint, out / "metrics.jsonl"):
+        there = self.checkpoint.exists() or self.backup.exists()
+        if resume and there:
+            self._resume()
+        elif there:  # of another run: must not outlive that run's metrics, nor be lost
+            for path in (self.checkpoint, self.backup, out / "metrics.jsonl"):
                 if path.exists():
                     os.replace(path, path.with_stem(path.stem + ".previous"))
             print(f"starting afresh without --resume: the old checkpoint is now {out}/checkpoint.previous.safetensors")
         self.metrics = MetricsLog(out / "metrics.jsonl", self.step)
 
+    def _resume(self):
+        self._source = self.checkpoint
+        try:
+            saved = load(self.checkpoint)
+        except CheckpointError as error:
+            try:
+                self._source, saved = self.backup, load(self.backup)
+            except CheckpointError:
+                raise error from None
+            print(f"{error}; going on from {self.backup}")
+        step, seconds, before = (saved.get(name) for name in ("step", "seconds", "settings"))
+        known = type(step) is int and step >= 0 and isinstance(seconds, (int, float)) and isinstance(before, dict)
+        rule = f"{self._source} must be the checkpoint of a run"
+        expect(known and "kernels" in saved and "random" in saved, "resume", rule, CheckpointError)
+        for name, now in self.settings.items():
+            was = before.get(name)
+            rule = f"{name} must be that of the run in {self.out}"
+            expect(_same(was, now), "resume", rule, CheckpointError, checkpoint=was, now=now)
+        if self._source == self.backup and self.checkpoint.exists():  # or the next `save` would make it the backup
+            os.replace(self.checkpoint, self.out / "checkpoint.unreadable.safetensors")
+        self.saved, self.step, self.seconds = saved, step, seconds
+        print(f"resuming at step {step}")
+        if not _same(saved["kernels"], self.kernels):
+            print(f"other kernels than before ({saved['kernels']}): the last bits of the sums will differ")
+
     def restore(self, **parts: Any) -> None:
-        """Load what `save` saved under these names; then the random numbers, which making the parts has drawn."""
+        """Load what `save` saved under these names; then the random numbers, which making the parts has drawn.
+
+        Raises CheckpointError, naming file and part, where one does not fit.
+        """
         if self.saved:
-            for name, part in parts.items():
-                part.load_state_dict(self.saved[name])
-            random.set_state(self.saved["random"])
+            loaders = {name: part.load_state_dict for name, part in parts.items()}
+            for name, load_state in {**loaders, "random": random.set_state}.items():
+                try:
+                    load_state(self.saved.get(name))
+                except TinyresError as error:
+                    raise CheckpointError(f"[resume] {self._source}: {name} does not fit: {error}") from error
 
     def save(self, **items: Any) -> None:
-        """Write the checkpoint: where the run stands, and `items`, as `tinyres.save` takes them."""
+        """Write the checkpoint: where the run stands, and `items`, as `tinyres.save` takes them and with its errors."""
         state = {"step": self.step, "seconds": self.seconds, "random": random.state()}
-        save(self.checkpoint, settings=self.settings, kernels=self.kernels, **state, **items)
+        content = serialize({"settings": self.settings, "kernels": self.kernels, **state, **items})
+        write_atomic(self.checkpoint, content, self.backup)
 
     def write_config(self, config: dict[str, Any]) -> None:
         text = json.dumps(config, indent=2, allow_nan=False) + "\n"
         write_atomic(self.out / "config.json", text.encode())
 
     def finish(self, config: dict[str, Any]) -> None:
-        """Draw the curves and print the summary."""
+        """Complete the metrics, draw the curves and print the summary."""
+        self.metrics.complete()
         note = plot_curves(self.out / "metrics.jsonl", self.out / "curves.png")
         if note:
             print(note)
         print(run_summary(config, self.metrics.lines, self.out))
+
+
+def _same(a, b):
+    """Whether two JSON values are equal. An array, which a strange checkpoint can have in the place of one, is no one's
+    equal, and `==` would make an array of it."""
+    return json.dumps(a, sort_keys=True, default=repr) == json.dumps(b, sort_keys=True)
 
 
 class Progress:
@@ -434,7 +511,10 @@ def plot_curves(metrics_path: str | os.PathLike[str], png_path: str | os.PathLik
     rate.set(ylabel="learning rate (dotted)", ylim=(0, None))
     for axes in (error, loss):
         axes.grid(alpha=0.3)
-    FigureCanvasAgg(figure).print_png(png_path)
+    try:
+        FigureCanvasAgg(figure).print_png(png_path)
+    except OSError as error:
+        return f"no curves.png: {error}"
     return None
 
 

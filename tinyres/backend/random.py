@@ -122,7 +122,9 @@ def state() -> dict[str, Any]:
 def set_state(saved: dict[str, Any]) -> None:
     """Go on from what `state` returned. Raises ArgumentError for anything else."""
     global _seed
-    valid = isinstance(saved, dict) and set(saved) == {"seed", "draws"} and set(saved["draws"]) == set(STREAMS)
+    valid = isinstance(saved, dict) and set(saved) == {"seed", "draws"} and isinstance(saved["draws"], dict)
+    valid = valid and set(saved["draws"]) == set(STREAMS)
+    valid = valid and all(type(draw) is int and draw >= 0 for draw in saved["draws"].values())
     expect(valid, "random.set_state", "needs what random.state() returned", ArgumentError, state=saved)
     _seed = _check_seed("random.set_state", saved["seed"])
     _draws.update(saved["draws"])

@@ -21,6 +21,7 @@ from tinyres.errors import DataError, expect
 OFFICIAL = "https://www.cs.toronto.edu/~kriz/"
 PIXELS = 3 * 32 * 32  # a picture: 1024 red, 1024 green, 1024 blue bytes, each row by row
 BLOCK = 1 << 20
+LARGEST = 1 << 28  # bytes of a file; the largest official one has 155 MB
 TIMEOUT = 30  # seconds without a byte from the server
 
 
@@ -216,19 +217,21 @@ def read(name: str, found: Found) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
 
 def _read_folder(path, wanted):
     for file in wanted:
+        where = path / file
         try:
-            yield file, (path / file).read_bytes()
-        except FileNotFoundError:
-            continue  # `read` knows which files it cannot do without
+            if not where.exists():
+                continue  # `read` knows which files it cannot do without
+            _check(where.is_file(), where, "cannot be read: it is no regular file")  # a pipe would be waited for
+            _check_size(where, where.stat().st_size)
+            yield file, where.read_bytes()
         except OSError as error:
-            raise DataError(f"[data.load] {path / file}: cannot be read: {error.strerror or error}") from error
+            raise DataError(f"[data.load] {where}: cannot be read: {error.strerror or error}") from error
 
 
 def _read_archive(path, form, wanted):
     """Contents of the wanted members in one pass. Members are matched by their exact names and never extracted, so
     absolute names, parent folders and links in an archive lead nowhere."""
     import tarfile
-    import zlib
 
     members = {f"{form.folder}/{file}": file for file in wanted}
     try:
@@ -236,9 +239,18 @@ def _read_archive(path, form, wanted):
         with tarfile.open(path, "r|gz") as archive:
             for member in archive:
                 if member.name in members and member.isreg():
-                    yield members[member.name], archive.extractfile(member).read()
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
-        raise DataError(f"[data.load] {path}: the archive cannot be read: {error}") from error
+                    file = members[member.name]
+                    _check_size(path / file, member.size)
+                    yield file, archive.extractfile(member).read()
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything
+        reason = str(error) or type(error).__name__
+        raise DataError(f"[data.load] {path}: the archive cannot be read: {reason}") from error
+
+
+def _check_size(where, size):
+    _check(size <= LARGEST, where, f"the file must have at most {LARGEST} bytes", bytes=size)
 
 
 def _records(where, content, form):
@@ -301,6 +313,8 @@ class _Dtype:
 class _Array:
     """Stands in for numpy.ndarray. NumPy's own classes would take any state from a file, in C, on trust."""
 
+    data = np.empty(0, np.uint8)  # of one that never gets its state
+
     def __setstate__(self, state):
         _, shape, dtype, fortran, content = state
         self.fill(content, dtype, shape, "F" if fortran else "C")
@@ -325,12 +339,40 @@ def _encode(text, encoding):
     return text.encode("latin1")
 
 
+def _bytes(*content):
+    """Stands in for bytes, which would take a number too, and that much memory."""
+    expect(all(isinstance(x, (bytes, bytearray)) for x in content), "data.load", "bytes must be of bytes", DataError)
+    return bytes(*content)
+
+
+def _bytearray(content=b"", *encoding):
+    return bytearray(_encode(content, *encoding) if encoding else _bytes(content))
+
+
 ALLOWED = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype, ("_codecs", "encode"): _encode}
 for _package in ("numpy.core", "numpy._core"):  # before and since NumPy 2
     ALLOWED[f"{_package}.multiarray", "_reconstruct"] = _reconstruct
     ALLOWED[f"{_package}.numeric", "_frombuffer"] = _frombuffer
 for _package in ("__builtin__", "builtins"):  # Python 2 and 3
-    ALLOWED.update({(_package, kind.__name__): kind for kind in (bytes, bytearray, list, tuple, dict, set, frozenset)})
+    ALLOWED.update({(_package, kind.__name__): kind for kind in (list, tuple, dict, set, frozenset)})
+    ALLOWED.update({(_package, "bytes"): _bytes, (_package, "bytearray"): _bytearray})
+
+MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
+NESTS = ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET")
+MOST_NESTED = 1 << 16  # CIFAR-100's 50,000 file names are so many tuples in some pickles
+
+
+def _check_opcodes(content):
+    """Refuse what Python's unpickler takes on trust: it makes room for the highest number that something is to be
+    remembered by, and recurses in C over tuples in tuples to hash them, until the stack overflows."""
+    import pickletools
+
+    nested = 0
+    for place, (opcode, value, _) in enumerate(pickletools.genops(content)):
+        if opcode.name in MEMO:
+            expect(value <= place, "data.load", "memo numbers must be given in turn", DataError, number=value)
+        nested += opcode.name in NESTS
+    expect(nested <= MOST_NESTED, "data.load", f"must have at most {MOST_NESTED} tuples", DataError, tuples=nested)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -348,6 +390,7 @@ def _text(value):
 
 def _unpickle(where, content):
     try:
+        _check_opcodes(content)
         value = _Unpickler(io.BytesIO(content), encoding="bytes").load()  # "bytes": what strings were in Python 2
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).removeprefix("[data.load] ") or type(error).__name__
@@ -364,10 +407,10 @@ def _pickled_batch(where, content, form):
     data = data.data
     shape_fits = data.ndim == 2 and data.shape[1] == PIXELS and len(data) > 0
     _check(shape_fits, where, f"'data' must be (L, {PIXELS})", shape=data.shape)
-    kinds_fit = isinstance(labels, list) and all(type(label) is int for label in labels)
+    kinds_fit = isinstance(labels, list) and all(type(label) is int and label.bit_length() < 512 for label in labels)
     _check(kinds_fit, where, f"must hold a list of integers under {form.label_key!r}")
     _check(len(labels) == len(data), where, "must hold a label for each picture", images=len(data), labels=len(labels))
-    return data.reshape(-1, 3, 32, 32), np.array(labels, object)  # as they are: a label can be any integer
+    return data.reshape(-1, 3, 32, 32), np.array(labels, object)  # as they are: int64 does not hold any integer
 
 
 # Download -------------------------------------------------------------------------------------------------------------

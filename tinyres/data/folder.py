@@ -59,10 +59,11 @@ class ImageFolder:
         self.root = Path(root)
         names, counts = [], []
         try:
-            self.classes = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+            with os.scandir(root) as entries:
+                self.classes = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
             for name in self.classes:
-                files = sorted(e.name for e in os.scandir(self.root / name) if e.name.lower().endswith(SUFFIXES))
-                files = [file for file in files if not file.startswith(".")]
+                files = [file for file in os.listdir(self.root / name) if file.lower().endswith(SUFFIXES)]
+                files = sorted(file for file in files if not file.startswith("."))
                 rule = f"{self.root / name}: a class must have at least one image"
                 expect(files, OP, rule, DataError, suffixes=" ".join(SUFFIXES))
                 names += [f"{name}/{file}" for file in files]

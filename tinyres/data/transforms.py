@@ -42,12 +42,16 @@ def decode(path: str | os.PathLike[str]) -> np.ndarray:
     """The JPEG or PNG file at `path`, whatever it is called, as (H, W, 3) uint8, RGB.
 
     Grey, palette and CMYK images are converted, 16 bits cut to 8, and alpha dropped; EXIF rotations are not applied.
-    Raises DataError, naming the file and the reason, for what cannot be read or decoded to its end.
+    Raises DataError, naming the file and the reason, for what cannot be read or decoded to its end, and for more than
+    PIL.Image.MAX_IMAGE_PIXELS (90 million) pixels: a file of a few bytes can claim any number.
     """
     Image = pillow()
+    rule = f"{os.fspath(path)}: cannot be decoded: it is no regular file"  # a pipe would be waited for
+    expect(os.path.isfile(path) or not os.path.exists(path), "data.decode", rule, DataError)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; the pixels are right or an exception comes
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=("JPEG", "PNG")) as image:
                 if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip
                     return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
