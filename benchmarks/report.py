@@ -235,6 +235,22 @@ def input_pipeline(result):
     return f"{title}\n\n{table(['', 'processes', 'images/s, median (20 to 80 %)', 'of the plain loop'], rows)}"
 
 
+def mutation(result):
+    parts = {}
+    for row in result["rows"]:
+        part = parts.setdefault(row["part"], [0, 0])
+        part[0] += 1
+        part[1] += row["outcome"] != "survived"
+    rows = [[name, str(planted), str(killed)] for name, (planted, killed) in parts.items()]
+    living = [
+        f"- {row['part']}: {row['name']}. {row['reason'] or 'No reason is known.'}"
+        for row in result["rows"]
+        if row["outcome"] == "survived"
+    ]
+    survivors = "\n\nSurvivors:\n\n" + "\n".join(living) if living else ""
+    return f"Mistakes planted in the engine:\n\n{table(['part', 'planted', 'noticed'], rows)}{survivors}"
+
+
 # lines --------------------------------------------------------------------------------------------------------------
 
 
@@ -299,9 +315,15 @@ def headline_input_pipeline(result):
     return f"{rate:.0f} images/s with {best['workers']} workers, {best['ratio']:.2f}x a plain Pillow loop"
 
 
+def headline_mutation(result):
+    found = result["totals"]
+    return f"the tests notice {found['killed']} of {found['mutants']} planted mistakes, {found['killed_percent']:g} %"
+
+
 TABLES = {
     "input_pipeline": input_pipeline,
     "op_cost": op_cost,
+    "mutation": mutation,
     "train_run": train_run,
     "train_step": train_step,
     "kernels": kernels,
@@ -312,6 +334,7 @@ TABLES = {
 HEADLINES = {
     "input_pipeline": headline_input_pipeline,
     "op_cost": headline_op_cost,
+    "mutation": headline_mutation,
     "train_run": headline_train_run,
     "train_step": headline_train_step,
     "kernels": headline_kernels,

@@ -43,6 +43,11 @@ CASES = [
         normal(2, 5, 9, 4), normal(3, 3, 4, 4), reduction=36,
     ),
     Case(
+        "beside the identity, to which goes the very gradient that it reads",
+        lambda x, w: ops.conv2d(x, w, padding=1) + x,
+        normal(2, 5, 9, 4), normal(3, 3, 4, 4), reduction=90,
+    ),
+    Case(
         "beside a strided shortcut",
         lambda x, w: ops.conv2d(x, w, stride=2, padding=1) * x[:, ::2, ::2],
         normal(2, 5, 9, 4), normal(3, 3, 4, 4), reduction=36,
@@ -247,6 +252,17 @@ def test_unread_pixels_get_no_gradient(device):
     dx = x.device.numpy(x.grad)
     assert (dx[:, 2::3] == 0).all() and (dx[:, :, 2::3] == 0).all()
     assert (dx[:, [0, 1, 3, 4, 6, 7]][:, :, [0, 1, 3, 4, 6, 7]] == g.K).all()
+
+
+@pytest.mark.parametrize("missing", range(4))
+def test_an_input_without_gradient_takes_none_from_the_others(missing, rng):
+    arrays = [rng.standard_normal(shape) for shape in ((2, 4, 5, 3), (2, 4, 3, 5), (3, 3, 3, 5), (5,))]
+    tensors = [tinyres.tensor(a, requires_grad=True) for a in arrays]
+    ops.conv2d_add_relu(*tensors, padding=(1, 0)).sum().backward()
+    some = [tinyres.tensor(a, requires_grad=i != missing) for i, a in enumerate(arrays)]
+    ops.conv2d_add_relu(*some, padding=(1, 0)).sum().backward()
+    for i, (x, want) in enumerate(zip(some, tensors, strict=True)):
+        assert x.grad is None if i == missing else np.array_equal(x.grad, want.grad)
 
 
 @pytest.mark.parametrize("device", DEVICES)

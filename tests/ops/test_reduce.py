@@ -16,6 +16,7 @@ AXES = {
     "last axis, a row over a vector": ((3, 17), 1),
     "negative axis": ((2, 3, 4), -2),
     "two axes apart": ((2, 3, 4), (0, 2)),
+    "two axes apart of four": ((2, 3, 4, 5), (1, 3)),
     "axes in any order": ((2, 3, 4), (2, -3)),
     "axes of one": ((2, 1, 3), 1),
     "no axis": ((2, 3), ()),
