@@ -45,7 +45,7 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # CMake and Ninja of the environment
 }
 TARGETS = {"csrc/cpu/": ("_cpu",), "csrc/cuda/": ("_emulated",), "csrc/bindings.h": ("_cpu", "_emulated")}
-LEAST_TIMEOUT, TIMES_SLOWER = 60, 5  # seconds, and how much longer than without a mutant: beyond both it hangs
+LEAST_TIMEOUT, TIMES_SLOWER = 30, 5  # seconds, and how much longer than without a mutant: beyond both it hangs
 
 
 class Outcome(NamedTuple):

@@ -283,8 +283,11 @@ def test_the_fused_ops_are_their_parts(device, rng):
     assert np.isnan(got.numpy()[..., 3]).all() and not np.isnan(got.numpy()[..., :3]).any()
 
 
+TOTALS = {**CONVS, "stride 2, vectors of channels": Geometry(1, 7, 9, 33, 5, 3, 3, stride=(2, 2), padding=(1, 1))}
+
+
 @pytest.mark.parametrize("device, algorithm", ALGORITHMS)
-@pytest.mark.parametrize("g", CONVS.values(), ids=CONVS)
+@pytest.mark.parametrize("g", TOTALS.values(), ids=TOTALS)
 def test_input_gradient_added_to_a_total(device, algorithm, g):
     """In place, and nothing but a sum: integers are exact."""
     rng = np.random.default_rng(0)

@@ -53,6 +53,15 @@ def test_long_sums_keep_their_digits(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape, axis", [((3, 1000), 1), ((1000, 3), 0), ((40, 2500), 0)], ids=("run", "rows", "wide"))
+def test_sums_run_in_double(shape, axis, device, rng):
+    """Which have room for sums of such integers, with all their digits; only the result is rounded."""
+    values = rng.integers(-(2**30), 2**30, shape).astype(np.float32)
+    want = values.astype(np.float64).sum(axis).astype(np.float32)
+    assert np.array_equal(ops.sum(tinyres.tensor(values, device=device), axis=axis).numpy(), want)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_nan_is_the_largest(device):
     x = tinyres.tensor(np.array([[1.0, np.nan, 3.0], [1.0, 2.0, 3.0]]), device=device)
     assert np.isnan(ops.max(x, axis=1).numpy()).tolist() == [True, False]
