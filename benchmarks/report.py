@@ -245,6 +245,22 @@ def soak(result):
     return f"Long runs:\n\n{table(['', *names.values()], rows)}\n\n{table(['figure', ''], others)}"
 
 
+def mutation(result):
+    parts = {}
+    for row in result["rows"]:
+        part = parts.setdefault(row["part"], [0, 0])
+        part[0] += 1
+        part[1] += row["outcome"] != "survived"
+    rows = [[name, str(planted), str(killed)] for name, (planted, killed) in parts.items()]
+    living = [
+        f"- {row['part']}: {row['name']}. {row['reason'] or 'No reason is known.'}"
+        for row in result["rows"]
+        if row["outcome"] == "survived"
+    ]
+    survivors = "\n\nSurvivors:\n\n" + "\n".join(living) if living else ""
+    return f"Mistakes planted in the engine:\n\n{table(['part', 'planted', 'noticed'], rows)}{survivors}"
+
+
 # lines --------------------------------------------------------------------------------------------------------------
 
 
@@ -319,10 +335,16 @@ def headline_soak(result):
     return f"{text}; a step takes {figures['ratio']:.2f} times what it took at first"
 
 
+def headline_mutation(result):
+    found = result["totals"]
+    return f"the tests notice {found['killed']} of {found['mutants']} planted mistakes, {found['killed_percent']:g} %"
+
+
 TABLES = {
     "input_pipeline": input_pipeline,
     "op_cost": op_cost,
     "soak": soak,
+    "mutation": mutation,
     "train_run": train_run,
     "train_step": train_step,
     "kernels": kernels,
@@ -334,6 +356,7 @@ HEADLINES = {
     "input_pipeline": headline_input_pipeline,
     "op_cost": headline_op_cost,
     "soak": headline_soak,
+    "mutation": headline_mutation,
     "train_run": headline_train_run,
     "train_step": headline_train_step,
     "kernels": headline_kernels,

@@ -26,7 +26,7 @@ BROADCASTS = {
     "scalar on the right": ((2, 3), ()),
     "missing axis": ((3, 5), (5,)),
     "missing axis on the left": ((17,), (2, 17)),
-    "outer": ((3, 1), (1, 4)),
+    "outer": ((3, 1), (1, 2)),
     "both sides, ranks differ": ((2, 1, 3), (4, 1)),
     "axes of one kept": ((1, 1), (1,)),
     "rows of a vector and one": ((5, 17), (5, 1)),

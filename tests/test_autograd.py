@@ -59,6 +59,9 @@ def test_upstream_gradient_is_not_kept_or_changed():
     y = x.reshape(2, 1).reshape(2)
     y.backward(upstream)
     x.grad += 1
+    x.grad = None
+    x.backward(upstream)
+    x.grad += 1
     assert upstream.tolist() == [5.0, 6.0]
 
 
@@ -430,8 +433,11 @@ def test_failing_hook_leaves_all_gradients():
 def test_a_foreign_grad_is_refused(held):
     x = leaf([1.0])
     x.grad = held
+    before = leaf([3.0])
+    before.grad = np.array([5.0])
     with pytest.raises(GraphError, match="grad must be an array"):
-        (x * 2).sum().backward()
+        (x * 2 + before * 2).sum().backward()  # whose gradient is complete first
+    assert before.grad.tolist() == [5]
 
 
 def test_functions_must_give_arrays():

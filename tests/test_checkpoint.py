@@ -132,6 +132,17 @@ def test_every_damage_is_noticed(tmp_path):
     assert refused >= len(damaged) - 8
 
 
+def test_edited_shapes_are_noticed(tmp_path):
+    """Of as many elements, which the format itself takes."""
+    path = tmp_path / "c"
+    tinyres.save(path, w=np.zeros((2, 3)))
+    content = path.read_bytes()
+    assert content.count(b"[2,3]") == 1
+    path.write_bytes(content.replace(b"[2,3]", b"[3,2]"))
+    with pytest.raises(CheckpointError, match="checksum"):
+        tinyres.load(path)
+
+
 def test_foreign_and_newer_files(tmp_path):
     def write(metadata):
         header = json.dumps({"__metadata__": metadata}).encode()

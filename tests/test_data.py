@@ -14,7 +14,9 @@ import zlib
 import numpy as np
 import pytest
 
+from op_case import DEVICES
 from tinyres import data
+from tinyres.backend.random import Stream
 from tinyres.data import cifar
 from tinyres.errors import ArgumentError, DataError, DtypeError, ShapeError
 
@@ -613,18 +615,20 @@ def numbered(count, C=3, seed=0):
 @pytest.mark.parametrize("shuffle", (False, True))
 def test_a_batch_is_a_function_of_seed_and_step(augment, shuffle):
     images, labels = numbered(25)
+    mean = np.random.default_rng(1).uniform(0, 255, images.shape[1:])
 
     def loader(seed=3, device="reference"):
-        return data.Loader(images, labels, 4, seed, augment=augment, shuffle=shuffle, device=device)
+        return data.Loader(images, labels, 4, seed, mean, augment=augment, shuffle=shuffle, device=device)
 
     one = loader()
     assert one.steps_per_epoch == (6 if shuffle else 7)
     forward = [one.batch(step) for step in range(14)]
     assert {x.dtype.name for x, _ in forward} == {"float32"} and {y.dtype.name for _, y in forward} == {"int64"}
     for step in (13, 2, 7, 2):
-        for other in (one, loader(), loader(device="cpu")):
+        for other in (one, *(loader(device=device) for device in DEVICES)):
             for got, want in zip(other.batch(step), forward[step], strict=True):
                 np.testing.assert_array_equal(got, want)
+    assert shuffle or np.array_equal(forward[0][0], forward[7][0]) == (not augment), "crops are drawn anew every epoch"
     different = any(not np.array_equal(loader(seed=4).batch(step)[0], forward[step][0]) for step in range(3))
     assert different == (augment or shuffle)
 
@@ -636,6 +640,7 @@ def test_an_epoch_shows_every_image_once_in_a_new_order():
     for order in orders:
         assert sorted(order) == list(range(24))
     assert len({tuple(order) for order in orders}) == 3
+    np.testing.assert_array_equal(orders[2], Stream(0, "order").permutation(2, 24))
 
 
 def test_evaluation_is_in_order_and_complete():

@@ -227,6 +227,15 @@ def test_join_combines_both_paths():
     assert np.allclose(block(x).numpy(), want, atol=1e-6)
 
 
+@pytest.mark.parametrize("exclusive", (False, True))
+def test_gates(exclusive):
+    branch, x = images(2, 3, 3, 4), images(2, 3, 3, 4)
+    gate = nn.Gate(4, -0.5, exclusive)
+    g = 1 / (1 + np.exp(-gate.conv(x).numpy()))
+    want = (1 - g) * x.numpy() + (g if exclusive else 1) * branch.numpy()
+    assert np.allclose(gate(branch, x).numpy(), want, atol=1e-6)
+
+
 def test_residual_refuses():
     with pytest.raises(DtypeError):
         nn.Residual(nn.ReLU(), shortcut="A")
@@ -283,6 +292,11 @@ def test_fusion_declines_where_a_hook_sits():
     assert type(fused[3]) is nn.Residual
     fused(images(2, 4, 4, 4))
     assert seen == ["BatchNorm2d", "BatchNorm2d", "ReLU"]
+
+    plain = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
+    plain[1].register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].numpy().min() < 0))
+    tinyres.fuse(plain)(images(2, 4, 4, 4))
+    assert seen[3:] == [True], "it must see what the batch norm gives"
 
 
 def test_fuse_leaves_joins_and_other_activations():
@@ -424,6 +438,8 @@ def test_loading_does_not_write_into_assigned_arrays():
     layer.weight.data = foreign
     layer.load_state_dict(state)
     assert np.array_equal(layer.weight.data, state["weight"]) and not foreign.any()
+    state["weight"][...] = 7
+    assert not (layer.weight.data == 7).any()
 
 
 def test_fused_joins_broadcast_as_plain_ones():

@@ -102,6 +102,18 @@ def test_state_goes_on_to_the_same_bits():
     assert run(6) == run(6, resume_at=3)
 
 
+def test_a_state_stays_what_it_was():
+    (p, *_) = parameters("cpu")
+    first, second = (SGD([p], 0.1, 0.9) for _ in range(2))
+    p.grad = np.ones(p.shape, p.dtype)
+    first.step()
+    state = first.state_dict()
+    second.load_state_dict(state)
+    for optimizer in (first, second):
+        optimizer.step()
+        assert (state["velocity"]["0"] == 1).all()
+
+
 def test_state_must_fit():
     p = parameters("cpu")[0]
     optimizer = SGD([p], 0.1, 0.9)
@@ -158,6 +170,7 @@ def test_schedules():
     cycle = schedules.one_cycle(0.4, 100)
     rates = [cycle(s) for s in range(100)]
     assert rates[0] == pytest.approx(0.4 / 25) and max(rates) == rates[30] == pytest.approx(0.4)
+    assert rates[15] == pytest.approx((0.4 / 25 + 0.4) / 2) and rates[65] == pytest.approx((0.4 + 0.4 / 1e4) / 2)
     assert rates[-1] < 0.4 / 500 and all(b > a for a, b in zip(rates[:30], rates[1:31], strict=True))
     assert schedules.one_cycle(0.4, 1)(0) > 0
 

@@ -34,6 +34,15 @@ def test_distributions():
     assert sorted(stream.permutation(0, 1000)) == list(range(1000))
 
 
+def test_uniform_numbers_are_all_53_bits_and_never_one(monkeypatch):
+    stream = random.Stream(0, "init")
+    words = [int(word) for word in stream.bits(7, 200)]
+    want = [(high >> 5 << 26 | low >> 6) / 2**53 for high, low in zip(words[::2], words[1::2], strict=True)]
+    assert stream.uniform(7, 100).tolist() == want
+    monkeypatch.setattr(random.Stream, "bits", lambda self, draw, n: np.full(n, 2**32 - 1, np.uint32))
+    assert stream.uniform(0, 1) == 1 - 2**-53
+
+
 def test_streams_draws_and_seeds_differ():
     first = {
         (seed, name, draw): tuple(random.Stream(seed, name).bits(draw, 4))

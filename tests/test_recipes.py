@@ -53,6 +53,8 @@ def test_a_shorter_run_has_its_milestones_at_the_same_shares():
     assert [schedule(step) for step in (0, 319, 320, 479, 480, 639)] == pytest.approx(
         [0.2, 0.2, 0.02, 0.02, 2e-3, 2e-3]
     )
+    schedule = RECIPES["fb"].schedule(1000)  # its first milestone is at 493.9
+    assert [schedule(step) for step in (493, 494)] == pytest.approx([0.1, 0.01])
     with pytest.raises(ArgumentError, match="at least one iteration"):
         RECIPES["paper2015"].schedule(0)
 

@@ -305,14 +305,14 @@ def test_evaluate():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.9))
     model[0].weight.data[...] = np.eye(2)
     model[0].bias.data[...] = 0
-    model[1].eval()
+    model[0].eval()
     loss, error = train.evaluate(model, Three())
     assert error == pytest.approx(100 / 3) and loss == pytest.approx((9 + 3 * np.log1p(np.exp(-9))) / 3)
-    assert model.training and model[0].training and not model[1].training
+    assert model.training and not model[0].training and model[1].training
     model[0].weight.data[...] = np.nan
     with pytest.raises(NonFiniteError, match=r"the test loss must be finite; got nan at step 7: .* is 0 \(Linear\)"):
         train.evaluate(model, Three(), 7)
-    assert model.training and model[0].training and not model[1].training
+    assert model.training and not model[0].training and model[1].training
 
 
 def test_the_device_is_the_models():
@@ -451,6 +451,17 @@ def test_afresh_takes_the_backup_along(saved_twice):
     run_in(saved_twice, resume=False)
     names = {"checkpoint.previous.safetensors", "checkpoint.backup.previous.safetensors", "metrics.previous.jsonl"}
     assert {path.name for path in saved_twice.iterdir()} == {*names, "metrics.jsonl"}
+
+
+def test_a_run_goes_on_with_its_random_numbers(tmp_path):
+    first = train.Run(tmp_path, {}, {}, False)
+    for name in random.STREAMS[1:]:
+        random.next_draw(name)
+    state = random.state()
+    first.save()
+    tinyres.manual_seed(9)
+    train.Run(tmp_path, {}, {}, True).restore()
+    assert random.state() == state
 
 
 @pytest.mark.parametrize("garbage", [b"{", b"\xff", b"", b"[1]", b'{"loss": 1}', b'{"step": "1"}'])

@@ -158,6 +158,18 @@ def test_the_steady_state_asks_the_system_for_nothing():
         assert backend.memory.stats()["system_allocations"] == before
 
 
+def test_several_phases():
+    """With so many channels the scratch of a phase has room for 112 of 128 tiles: the next goes on from there."""
+    g = geometry(8, 15, 15, 2048, 16)
+    arrays = arrays_of(g)
+    y, dx, dw = all_three(g, arrays, "winograd")
+    one = geometry(1, 15, 15, 2048, 16)
+    for n in range(g.N):
+        alone = all_three(one, (arrays[0][n : n + 1], arrays[1], arrays[2][n : n + 1]), "winograd")
+        assert bits(alone[:2]) == bits((y[n : n + 1], dx[n : n + 1]))
+    assert error(dw, all_three(g, arrays, "direct")[2]) < 1e-5
+
+
 def test_nan_stays_visible():
     g = geometry(1, 9, 9, 16, 16)
     x, w, dy = arrays_of(g)

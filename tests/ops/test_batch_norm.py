@@ -95,6 +95,19 @@ def test_running_statistics(op, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_statistics_of_many_parts(device):
+    """Rows drift, so that the parts which are summed apart differ in their means; the last part is a smaller one."""
+    rows = np.linspace(-3, 5, 4001)[:, None] * np.arange(1.0, 18) + np.sin(np.arange(4001.0))[:, None]
+    x = tinyres.tensor(rows, device=device)
+    gamma, beta = (tinyres.tensor(np.full(17, value), device=device) for value in (1.0, 0.0))
+    running = [x.device.asarray(np.zeros(17)) for _ in range(2)]
+    ops.batch_norm(x, gamma, beta, *running, training=True, momentum=1)
+    mean, var = map(tinyres.backend.host, running)
+    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(var, rows.var(0, ddof=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 def test_evaluation_uses_and_keeps_the_running_statistics(op, device):
     x, residual, gamma, beta = _tensors(device)

@@ -43,6 +43,11 @@ CASES = [
         normal(2, 5, 9, 4), normal(3, 3, 4, 4), reduction=36,
     ),
     Case(
+        "beside the identity, to which goes the very gradient that it reads",
+        lambda x, w: ops.conv2d(x, w, padding=1) + x,
+        normal(2, 5, 9, 4), normal(3, 3, 4, 4), reduction=90,
+    ),
+    Case(
         "beside a strided shortcut",
         lambda x, w: ops.conv2d(x, w, stride=2, padding=1) * x[:, ::2, ::2],
         normal(2, 5, 9, 4), normal(3, 3, 4, 4), reduction=36,
@@ -249,6 +254,17 @@ def test_unread_pixels_get_no_gradient(device):
     assert (dx[:, [0, 1, 3, 4, 6, 7]][:, :, [0, 1, 3, 4, 6, 7]] == g.K).all()
 
 
+@pytest.mark.parametrize("missing", range(4))
+def test_an_input_without_gradient_takes_none_from_the_others(missing, rng):
+    arrays = [rng.standard_normal(shape) for shape in ((2, 4, 5, 3), (2, 4, 3, 5), (3, 3, 3, 5), (5,))]
+    tensors = [tinyres.tensor(a, requires_grad=True) for a in arrays]
+    ops.conv2d_add_relu(*tensors, padding=(1, 0)).sum().backward()
+    some = [tinyres.tensor(a, requires_grad=i != missing) for i, a in enumerate(arrays)]
+    ops.conv2d_add_relu(*some, padding=(1, 0)).sum().backward()
+    for i, (x, want) in enumerate(zip(some, tensors, strict=True)):
+        assert x.grad is None if i == missing else np.array_equal(x.grad, want.grad)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_fused_ops_are_their_parts(device, rng):
     """Bit for bit where sums are exact; NaN stays visible through ReLU."""
@@ -267,8 +283,11 @@ def test_the_fused_ops_are_their_parts(device, rng):
     assert np.isnan(got.numpy()[..., 3]).all() and not np.isnan(got.numpy()[..., :3]).any()
 
 
+TOTALS = {**CONVS, "stride 2, vectors of channels": Geometry(1, 7, 9, 33, 5, 3, 3, stride=(2, 2), padding=(1, 1))}
+
+
 @pytest.mark.parametrize("device, algorithm", ALGORITHMS)
-@pytest.mark.parametrize("g", CONVS.values(), ids=CONVS)
+@pytest.mark.parametrize("g", TOTALS.values(), ids=TOTALS)
 def test_input_gradient_added_to_a_total(device, algorithm, g):
     """In place, and nothing but a sum: integers are exact."""
     rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ import pytest
 import tinyres
 from op_case import DEVICES, Case, checks_of, normal
 from tinyres import ops
+from tinyres.backend import random
 
 CASES = [
     Case("half", lambda x: ops.dropout(x, 0.5), normal(5, 17)),
@@ -48,6 +49,16 @@ def test_seed_and_draw_decide_the_mask(device):
     assert np.array_equal(first, again)
     for different in (second, other):
         assert abs((first == different).mean() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_number_equal_to_p_is_kept(device):
+    words = random.Stream(0, "dropout").bits(0, 8) >> 8
+    numbers = words / 2**24
+    for p in numbers:
+        tinyres.manual_seed(0)
+        y = ops.dropout(tinyres.tensor(np.ones(8), device=device), float(p))
+        assert np.array_equal(y.numpy() != 0, numbers >= p)
 
 
 def test_devices_agree_to_the_bit():

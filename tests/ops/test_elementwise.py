@@ -135,6 +135,16 @@ def test_integers_are_exact(name, dtype, device, rng):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_many_elements_of_views(device, rng):
+    """More than a thread takes at once, of operands whose axes cannot be merged."""
+    a, b = rng.integers(-9, 10, (60, 70, 24)).astype(np.float32), rng.integers(-9, 10, (60, 1, 12)).astype(np.float32)
+    x, y = tinyres.tensor(a, device=device), tinyres.tensor(b, device=device)
+    assert np.array_equal((x[:, ::-1, ::2] + y).numpy(), a[:, ::-1, ::2] + b)
+    assert np.array_equal((y - x[:, :, 12:]).numpy(), b - a[:, :, 12:])
+    assert np.array_equal(ops.relu(x.transpose(2, 0, 1)).numpy(), np.maximum(a.transpose(2, 0, 1), 0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_an_infinite_gradient_goes_only_to_the_larger(device):
     a, b = (tinyres.tensor(np.array(values), requires_grad=True, device=device) for values in ([1.0, 3], [2.0, 2]))
     ops.maximum(a, b).backward(np.array([np.inf, -np.inf]))

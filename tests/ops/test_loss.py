@@ -89,6 +89,14 @@ def test_labels_may_be_views_of_any_integers(device, rng):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("label", (-1, 5))
+def test_labels_just_outside_are_refused(device, label):
+    logits = tinyres.tensor(np.zeros((2, 5)), device=device)
+    with pytest.raises(tinyres.errors.ArgumentError, match=r"\[cross_entropy\] labels must be in 0 \.\. 4"):
+        ops.cross_entropy(logits, [0, label])
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_an_impossible_class_costs_nothing(device):
     """A logit of -inf masks a class: the loss is that of the others, as long as nothing is smoothed."""
     masked = tinyres.tensor(np.array([[0.5, -np.inf, 1.0]]), device=device)

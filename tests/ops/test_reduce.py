@@ -16,6 +16,7 @@ AXES = {
     "last axis, a row over a vector": ((3, 17), 1),
     "negative axis": ((2, 3, 4), -2),
     "two axes apart": ((2, 3, 4), (0, 2)),
+    "two axes apart of four": ((2, 3, 4, 5), (1, 3)),
     "axes in any order": ((2, 3, 4), (2, -3)),
     "axes of one": ((2, 1, 3), 1),
     "no axis": ((2, 3), ()),
@@ -49,6 +50,15 @@ def test_long_sums_keep_their_digits(device):
     x = tinyres.tensor(np.ones(2**24 + 8, np.float32), device=device)
     assert ops.sum(x).item() == 2**24 + 8
     assert ops.mean(x).item() == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape, axis", [((3, 1000), 1), ((1000, 3), 0), ((40, 2500), 0)], ids=("run", "rows", "wide"))
+def test_sums_run_in_double(shape, axis, device, rng):
+    """Which have room for sums of such integers, with all their digits; only the result is rounded."""
+    values = rng.integers(-(2**30), 2**30, shape).astype(np.float32)
+    want = values.astype(np.float64).sum(axis).astype(np.float32)
+    assert np.array_equal(ops.sum(tinyres.tensor(values, device=device), axis=axis).numpy(), want)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -55,6 +55,7 @@ def test_values(device, dtype, rng):
     pairs = {
         "reshape": (ops.reshape(x, (6, 10)), a.reshape(6, 10)),
         "transpose": (ops.transpose(x, (2, 0, 1)), a.transpose(2, 0, 1)),
+        "an op on columns side by side": (ops.relu(x.T), np.maximum(a.T, 0)),
         "flatten": (ops.flatten(x), a.reshape(4, 15)),
         "pad": (ops.pad(x, ((1, 0), (0, 2), (3, 1)), 2.0), np.pad(a, ((1, 0), (0, 2), (3, 1)), constant_values=2)),
         "concatenate": (ops.concatenate([x, z], 1), np.concatenate([a, b], 1)),
