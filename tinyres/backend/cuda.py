@@ -9,6 +9,7 @@ import numpy as np
 
 from tinyres.backend import memory
 from tinyres.backend.adapter import Adapter
+from tinyres.dtypes import is_bfloat16
 from tinyres.errors import DeviceError
 
 
@@ -50,7 +51,20 @@ def cuda() -> Adapter:
         raise DeviceError(f"[backend] cuda needs an NVIDIA GPU and its driver ({_first_line(error)})") from None
     if not count:
         raise DeviceError("[backend] cuda needs an NVIDIA GPU and its driver, which has found none")
-    return adapter("cuda", cupy, "_cuda", cupy.empty, lambda: cupy.cuda.get_current_stream().ptr)
+    return adapter("cuda", cupy, "_cuda", _allocator(cupy), lambda: cupy.cuda.get_current_stream().ptr)
+
+
+def _allocator(cupy):
+    """cupy.empty, which in a CuPy that knows no bfloat16 says what is missing."""
+    if int(cupy.__version__.partition(".")[0]) >= 14:
+        return cupy.empty
+
+    def empty(shape, dtype):
+        if is_bfloat16(np.dtype(dtype)):
+            raise DeviceError(f"[backend] bfloat16 on cuda needs CuPy 14; this is CuPy {cupy.__version__}")
+        return cupy.empty(shape, dtype)
+
+    return empty
 
 
 def _first_line(error):
