@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "memory.h"
 
 namespace tinyres {
 namespace {
@@ -194,7 +195,7 @@ class Call {
   struct Copy {
     Use use;
     bf16* original;
-    std::unique_ptr<float[]> values;
+    std::unique_ptr<float[], void (*)(void*)> values;
     i64 count;
 
     void round_back() const {
@@ -223,8 +224,8 @@ class Call {
     }
     const i64 count = array.size() > 0 ? after - before + 1 : 0;
     bf16* const original = const_cast<bf16*>(static_cast<const bf16*>(array.data())) + before;
-    copies_.push_back({use, original, std::unique_ptr<float[]>(new float[std::size_t(count)]), count});
-    float* const values = copies_.back().values.get();
+    float* const values = static_cast<float*>(memory_take(std::size_t(count) * sizeof(float)));
+    copies_.push_back({use, original, {values, memory_return}, count});
     kernels<float>().from_bf16(values, original, count);
     return values - before;
   }

@@ -257,6 +257,9 @@ def choose_device(name: str) -> str:
         return "cpu"
 
 
+YOUNGER = {"precision": "float32"}  # settings that old checkpoints do not name, and what they were
+
+
 class Run:
     """The folder of a training run: what it goes on from, and what it leaves behind.
 
@@ -285,7 +288,7 @@ class Run:
         if resume and self.checkpoint.exists():
             self.saved = saved = load(self.checkpoint)
             for name, value in settings.items():
-                before = saved.get("settings", {}).get(name)
+                before = saved.get("settings", {}).get(name, YOUNGER.get(name))
                 rule = f"{name} must be that of the run in {out}"
                 expect(before == value, "resume", rule, CheckpointError, checkpoint=before, now=value)
             self.step, self.seconds = saved["step"], saved["seconds"]
