@@ -722,7 +722,7 @@ def binding(extension, name):
     outputs, arguments, want = RAW[name]
 
     def run(arguments, d):
-        if name != "cast" and any(a.dtype == BF16 for a in _flat(arguments.values())):
+        if name != "cast" and _some_bfloat16(arguments.values()):
             d.comparable = False  # put in the place of one array: the CPU's bindings take it among float32 ones
         if d.device.name == "reference":
             plain = [np.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments.values()]
@@ -731,6 +731,11 @@ def binding(extension, name):
         return _flat(arguments[key] for key in outputs)
 
     return arguments, run
+
+
+def _some_bfloat16(values):
+    lists = (list, tuple)
+    return any(_some_bfloat16(v) if isinstance(v, lists) else getattr(v, "dtype", None) == BF16 for v in values)
 
 
 def _flat(arrays):

@@ -313,4 +313,7 @@ def hostile(value, arguments, d):
                 return d.pick(TYPES)(value)
         except (OverflowError, TypeError, ValueError):
             return value  # an int8 is not -200
-    return d.pick(SCALARS)
+    choice = d.pick(SCALARS)
+    if isinstance(choice, np.ndarray) and isinstance(value, np.ndarray):
+        return d.keep(choice.copy(), value)  # the call may write to it, if to that
+    return choice

@@ -20,7 +20,7 @@ def bfloat16() -> np.dtype:
 
 
 def is_bfloat16(dtype: np.dtype) -> bool:
-    return dtype.itemsize == 2 and dtype.name == "bfloat16"
+    return dtype.itemsize == 2 and dtype.name == "bfloat16" and dtype.isnative
 
 
 def is_floating(dtype: np.dtype) -> bool:

@@ -78,7 +78,7 @@ def _constant(op, value, like):
             operands(op, operand=like)  # refuses it: not every type could hold the number
         try:
             with np.errstate(over="ignore"):
-                return Tensor(like.device.asarray(value, like.dtype), False, like.device)
+                return Tensor(like.device.asarray(float(value), like.dtype), False, like.device)
         except OverflowError:
             raise ArgumentError(f"[{op}] a number must fit into float64; got {str(value)[:20]}...") from None
     owned = like.device.owns(value)
