@@ -62,9 +62,18 @@ std::string text(const Shape& shape) {
   return result + (shape.rank == 1 ? ",)" : ")");
 }
 
-// NumPy has no such type of its own, but others teach it one of this name.
+constexpr char NATIVE = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? '<' : '>';  // as it is called after a swap
+
+inline bool is_native(const py::dtype& type) {
+  return type.byteorder() == '=' || type.byteorder() == '|' || type.byteorder() == NATIVE;
+}
+
+// NumPy has no such type of its own, but others teach it one of this name, to which it gives a number.
 inline bool is_bfloat16(const py::dtype& type) {
-  return type.kind() == 'V' && type.itemsize() == 2 && std::string(py::str(type)) == "bfloat16";
+  static int number = -1;
+  if (type.kind() != 'V' || type.itemsize() != 2 || !is_native(type)) return false;
+  if (number < 0 && std::string(py::str(type)) == "bfloat16") number = type.num();
+  return type.num() == number;
 }
 
 template <class T>
@@ -72,9 +81,7 @@ bool holds(const Array& array) {
   const py::dtype type = array.dtype();
   if constexpr (std::is_same_v<T, bf16>) return is_bfloat16(type);
   const char kind = std::is_floating_point_v<T> ? 'f' : std::is_signed_v<T> ? 'i' : 'u';
-  constexpr char native = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? '<' : '>';  // as it is called after a swap
-  return type.kind() == kind && array.itemsize() == py::ssize_t(sizeof(T)) &&
-         (type.byteorder() == '=' || type.byteorder() == '|' || type.byteorder() == native);
+  return type.kind() == kind && array.itemsize() == py::ssize_t(sizeof(T)) && is_native(type);
 }
 
 template <class T>

@@ -77,7 +77,8 @@ def test_a_step_in_bfloat16(device, wanted):
 @pytest.mark.parametrize("fused", (False, True))
 def test_float32_and_tf32(device, fused):
     exact = step("reference", "float32", fused, np.float64)
-    for precision, bound in (("float32", 1e-4), ("tf32", 0.02)):
+    cores = "mma" in getattr(backend.get(device).kernels, "extension", np).__dict__.get("conv_algorithms", ())
+    for precision, bound in (("float32", 1e-4), ("tf32", 0.1 if cores else 1e-4)):
         loss, gradients, statistics, seen = step(device, precision, fused)
         assert seen == {FLOAT32} and abs(loss - exact[0]) < bound
         assert max(distance(gradients, exact[1]), distance(statistics, exact[2])) < bound

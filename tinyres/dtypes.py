@@ -3,6 +3,8 @@ for, and not before."""
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from tinyres.errors import DtypeError
@@ -19,7 +21,9 @@ def bfloat16() -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16)
 
 
+@functools.lru_cache(16)  # NumPy takes its time to name a type
 def is_bfloat16(dtype: np.dtype) -> bool:
+    """Whether it is, in the machine's byte order."""
     return dtype.itemsize == 2 and dtype.name == "bfloat16" and dtype.isnative
 
 

@@ -35,8 +35,8 @@ def beside(op: str, **tensors: Tensor) -> None:
 
 def mixed(op: str, **tensors: Tensor) -> None:
     """As `operands`, but bfloat16 may stand beside float32."""
-    names = {x._data.dtype.name for x in tensors.values() if isinstance(x, Tensor)}
-    if names != {"bfloat16", "float32"}:
+    dtypes = {x._data.dtype for x in tensors.values() if isinstance(x, Tensor)}
+    if {dtype.name for dtype in dtypes if len(dtypes) > 1} != {"bfloat16", "float32"}:
         return operands(op, **tensors)
     for name, x in tensors.items():
         operands(op, **{name: x})
