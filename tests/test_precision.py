@@ -210,6 +210,20 @@ def test_what_meets_float32_becomes_float32(device):
     assert x.grad.dtype == w.grad.dtype == FLOAT32
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_cast_and_back(device):
+    """Forward and gradient are rounded once each; a gradient that is bfloat16 already passes as it is."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.standard_normal((5, 7)).astype(np.float32) for _ in range(2))
+    leaf = tinyres.tensor(x, True, device=device)
+    y = ops.cast(leaf, "bfloat16")
+    back = ops.cast(y, "float32")
+    assert ops.cast(y, "bfloat16") is y and back.dtype == FLOAT32
+    assert y.numpy().tobytes() == x.astype(BF16).tobytes() and np.array_equal(back.numpy(), y.numpy())
+    back.backward(dy)
+    assert leaf.grad.dtype == FLOAT32 and np.array_equal(backend.host(leaf.grad), dy.astype(BF16).astype(np.float32))
+
+
 def test_inputs_keep_their_dtype():
     x = tinyres.tensor(np.ones((2, 4, 4, 3), np.float32), requires_grad=True)
     w64, x64 = (tinyres.tensor(np.ones(s), requires_grad=True) for s in ((3, 3, 3, 2), (2, 4, 4, 3)))
