@@ -182,6 +182,18 @@ def test_threads_do_not_change_the_bits():
         assert got == want
 
 
+def test_the_steady_state_asks_the_system_for_nothing():
+    """The float32 copies that the CPU's kernels work on come from the pool too."""
+    model, x, labels = network("cpu", True)
+    counts = []
+    with tinyres.options(precision="bfloat16"):
+        for _ in range(4):
+            ops.cross_entropy(model(x), labels).backward()
+            model.zero_grad()
+            counts.append(backend.memory.stats()["system_allocations"])
+    assert counts[-1] == counts[1]
+
+
 # Who decides on the dtype ---------------------------------------------------------------------------------------------
 
 
