@@ -231,8 +231,9 @@ class Call {
     }
     const i64 count = array.size() > 0 ? after - before + 1 : 0;
     bf16* const original = const_cast<bf16*>(static_cast<const bf16*>(array.data())) + before;
-    float* const values = static_cast<float*>(memory_take(std::size_t(count) * sizeof(float)));
-    copies_.push_back({use, original, {values, memory_return}, count});
+    void* const block = memory_take(std::size_t(count) * sizeof(float));
+    copies_.push_back(Copy{use, original, {static_cast<float*>(block), memory_return}, count});
+    float* const values = copies_.back().values.get();
     kernels<float>().from_bf16(values, original, count);
     return values - before;
   }
