@@ -8,6 +8,8 @@ import math
 
 import numpy as np
 
+from tinyres.dtypes import bfloat16
+
 PERIOD = 1_000_003  # a prime: repeated numbers are drawn quickly and fall in step with no shape
 
 
@@ -231,6 +233,9 @@ def elementwise(n20, n50):
             continue
         size, one, two = 4 * n, [("array", shape)], [("array", shape)] * 2
         yield Case("relu", label, one, lambda k, x: k.relu(x), lambda t, x: t.relu(x), flops=n, moved=2 * size)
+        yield Case("cast", f"{label} to bfloat16 and back", one,
+            lambda k, x: k.cast(k.cast(x, bfloat16()), x.dtype), lambda t, x: x.bfloat16().float(), flops=2 * n,
+            moved=3 * size)
         yield Case("relu_backward", label, two, lambda k, dy, y: k.relu_backward(dy, y),
             lambda t, dy, y: t.ops.aten.threshold_backward(dy, y, 0), flops=n, moved=3 * size)
         yield Case("add_relu", label, two, lambda k, a, b: k.add_relu(a, b), lambda t, a, b: (a + b).relu_(),

@@ -6,7 +6,7 @@
 // Before this header, the including file defines in namespace tinyres:
 //   Array                       pybind11's NumPy array, or another type with the members used here
 //   constexpr bool ON_HOST      whether the bindings may read the elements, to check indices among them
-//   constexpr bool BFLOAT16     whether there is a table for bf16
+//   constexpr bool BFLOAT16     whether there is a table for bf16; else its kernels are those of float (see Call)
 //   void begin_call()           called first by every binding
 #pragma once
 
@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <memory>
 #include <new>
 #include <optional>
 #include <string>
@@ -26,6 +27,7 @@
 
 #include "gil.h"
 #include "kernels.h"
+#include "memory.h"
 
 namespace tinyres {
 namespace {
@@ -62,9 +64,18 @@ std::string text(const Shape& shape) {
   return result + (shape.rank == 1 ? ",)" : ")");
 }
 
-// NumPy has no such type of its own, but others teach it one of this name.
+constexpr char NATIVE = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? '<' : '>';  // as it is called after a swap
+
+inline bool is_native(const py::dtype& type) {
+  return type.byteorder() == '=' || type.byteorder() == '|' || type.byteorder() == NATIVE;
+}
+
+// NumPy has no such type of its own, but others teach it one of this name, to which it gives a number.
 inline bool is_bfloat16(const py::dtype& type) {
-  return type.kind() == 'V' && type.itemsize() == 2 && std::string(py::str(type)) == "bfloat16";
+  static int number = -1;
+  if (type.kind() != 'V' || type.itemsize() != 2 || !is_native(type)) return false;
+  if (number < 0 && std::string(py::str(type)) == "bfloat16") number = type.num();
+  return type.num() == number;
 }
 
 template <class T>
@@ -72,9 +83,7 @@ bool holds(const Array& array) {
   const py::dtype type = array.dtype();
   if constexpr (std::is_same_v<T, bf16>) return is_bfloat16(type);
   const char kind = std::is_floating_point_v<T> ? 'f' : std::is_signed_v<T> ? 'i' : 'u';
-  constexpr char native = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? '<' : '>';  // as it is called after a swap
-  return type.kind() == kind && array.itemsize() == py::ssize_t(sizeof(T)) &&
-         (type.byteorder() == '=' || type.byteorder() == '|' || type.byteorder() == native);
+  return type.kind() == kind && array.itemsize() == py::ssize_t(sizeof(T)) && is_native(type);
 }
 
 template <class T>
@@ -84,6 +93,11 @@ std::string type_name() {
 }
 
 // The checks of one call, each of which names the kernel when it fails.
+//
+// Where there is no table for bf16, a call on such arrays runs the kernel of float on copies of them: `in` and `out`
+// hand out the copies, and what was written is rounded back when the kernel is done. So every kernel sums in float and
+// rounds once, as one written for bf16 does. Arrays that are Wide<bf16> by their contract are float, and taken as they
+// are.
 class Call {
  public:
   explicit Call(const char* kernel) : kernel_(kernel) { begin_call(); }
@@ -106,10 +120,16 @@ class Call {
         body(float());
       } else if (holds<double>(array)) {
         body(double());
-      } else if (BFLOAT16 && holds<bf16>(array)) {
-        if constexpr (BFLOAT16) body(bf16());
+      } else if (holds<bf16>(array)) {
+        if constexpr (BFLOAT16) {
+          body(bf16());
+        } else {
+          copying_ = true;
+          body(float());
+          for (const Copy& copy : copies_) copy.round_back();
+        }
       } else {
-        throw py::type_error("[" + std::string(kernel_) + "] arrays must be float32 or float64; got " +
+        throw py::type_error("[" + std::string(kernel_) + "] arrays must be float32, float64 or bfloat16; got " +
                              std::string(py::str(array.dtype())));
       }
     } catch (const std::bad_alloc& error) {
@@ -120,9 +140,8 @@ class Call {
   // A dense array to be read: its elements.
   template <class T>
   const T* in(const char* name, const Array& array, const Shape& shape) const {
-    check<T>(name, array, shape);
-    expect_array(array.flags() & Array::c_style, name, "must be dense");
-    return static_cast<const T*>(array.data());
+    check_dense<T>(name, array, shape);
+    return elements<T>(array, Use::read);
   }
 
   template <class T>
@@ -133,9 +152,9 @@ class Call {
   // A dense array to be written.
   template <class T>
   T* out(const char* name, const Array& array, const Shape& shape) const {
-    in<T>(name, array, shape);
+    check_dense<T>(name, array, shape);
     expect_array(array.writeable(), name, "must be writable");
-    return const_cast<T*>(static_cast<const T*>(array.data()));
+    return const_cast<T*>(elements<T>(array, Use::write));
   }
 
   template <class T>
@@ -147,7 +166,17 @@ class Call {
   template <class T>
   const T* view(const char* name, const Array& array, const Shape& shape) const {
     check<T>(name, array, shape);
-    return whole_strides<T>(name, array);
+    check_strides(name, array);
+    return elements<T>(array, Use::read);
+  }
+
+  // The same, to be written.
+  template <class T>
+  T* out_view(const char* name, const Array& array, const Shape& shape) const {
+    check<T>(name, array, shape);
+    check_strides(name, array);
+    expect_array(array.writeable(), name, "must be writable");
+    return const_cast<T*>(elements<T>(array, Use::write_view));
   }
 
   // The same, of a shape that broadcasts to `shape`.
@@ -160,7 +189,8 @@ class Call {
       fits = array.shape(i) == shape.size[i + missing] || array.shape(i) == 1;
     }
     if (!fits) wrong_shape(name, array, shape);
-    return whole_strides<T>(name, array);
+    check_strides(name, array);
+    return elements<T>(array, Use::read);
   }
 
   void rank(const char* name, const Array& array, py::ssize_t rank) const {
@@ -178,6 +208,54 @@ class Call {
   }
 
  private:
+  enum class Use { read, write, write_view };
+
+  // The elements of a bf16 array as float, with whatever lies between them in memory: strides stay what they are.
+  struct Copy {
+    Use use;
+    bf16* original;
+    std::unique_ptr<float[], void (*)(void*)> values;
+    i64 count;
+
+    void round_back() const {
+      if (use == Use::read) return;
+      if (use == Use::write) return kernels<float>().to_bf16(original, values.get(), count);
+      for (i64 i = 0; i < count; i++) {  // what lies between the elements is not the view's to touch
+        const float before = to_float(original[i]);
+        if (std::memcmp(&before, &values[i], sizeof before) != 0) original[i] = to_bf16(values[i]);
+      }
+    }
+  };
+
+  template <class T>
+  const T* elements(const Array& array, Use use) const {
+    if constexpr (!BFLOAT16 && std::is_same_v<T, float>) {
+      if (copying_ && holds<bf16>(array)) return copied(array, use);
+    }
+    return static_cast<const T*>(array.data());
+  }
+
+  const float* copied(const Array& array, Use use) const {
+    i64 before = 0, after = 0;  // elements from the first to the lowest and the highest in memory
+    for (py::ssize_t i = 0; i < array.ndim() && array.size() > 0; i++) {
+      const i64 reach = (array.shape(i) - 1) * (array.strides(i) / array.itemsize());
+      (reach < 0 ? before : after) += reach;
+    }
+    const i64 count = array.size() > 0 ? after - before + 1 : 0;
+    bf16* const original = const_cast<bf16*>(static_cast<const bf16*>(array.data())) + before;
+    void* const block = memory_take(std::size_t(count) * sizeof(float));
+    copies_.push_back(Copy{use, original, {static_cast<float*>(block), memory_return}, count});
+    float* const values = copies_.back().values.get();
+    kernels<float>().from_bf16(values, original, count);
+    return values - before;
+  }
+
+  template <class T>
+  void check_dense(const char* name, const Array& array, const Shape& shape) const {
+    check<T>(name, array, shape);
+    expect_array(array.flags() & Array::c_style, name, "must be dense");
+  }
+
   template <class T>
   void check(const char* name, const Array& array, const Shape& shape) const {
     check_type<T>(name, array);
@@ -188,10 +266,12 @@ class Call {
 
   template <class T>
   void check_type(const char* name, const Array& array) const {
-    if (!holds<T>(array))
+    const bool copied = copying_ && std::is_same_v<T, float> && holds<bf16>(array);
+    if (!holds<T>(array) && !copied)
       throw py::type_error("[" + std::string(kernel_) + "] " + name + " must be " + type_name<T>() + "; got " +
                            std::string(py::str(array.dtype())));
-    expect_array(reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) == 0, name, "must be aligned");
+    const std::uintptr_t address = reinterpret_cast<std::uintptr_t>(array.data());
+    expect_array(address % (copied ? alignof(bf16) : alignof(T)) == 0, name, "must be aligned");
   }
 
   [[noreturn]] void wrong_shape(const char* name, const Array& array, const Shape& shape) const {
@@ -199,13 +279,11 @@ class Call {
                           text(Shape(array)));
   }
 
-  template <class T>
-  const T* whole_strides(const char* name, const Array& array) const {
+  void check_strides(const char* name, const Array& array) const {
     for (py::ssize_t i = 0; i < array.ndim() && array.size() > 0; i++) {
-      const bool whole = array.shape(i) == 1 || array.strides(i) % py::ssize_t(sizeof(T)) == 0;  // 1: nothing to step
+      const bool whole = array.shape(i) == 1 || array.strides(i) % array.itemsize() == 0;  // 1: nothing to step
       expect_array(whole, name, "must have strides of whole elements");
     }
-    return static_cast<const T*>(array.data());
   }
 
   void expect_array(bool condition, const char* name, const char* rule) const {
@@ -213,17 +291,18 @@ class Call {
   }
 
   const char* kernel_;
+  mutable bool copying_ = false;
+  mutable std::vector<Copy> copies_;
 };
 
 // Elementwise -------------------------------------------------------------------------------------------------------
 
 // Strides in elements along the axes of y, 0 where an operand is repeated, with neighbouring axes merged wherever all
 // operands allow it.
-template <class T>
-Strided strided(const Call& call, const Array& y, const Array& a, const Array& b) {
+inline Strided strided(const Call& call, const Array& y, const Array& a, const Array& b) {
   const auto stride = [&](const Array& array, py::ssize_t axis) -> i64 {
     axis -= y.ndim() - array.ndim();
-    return axis < 0 || array.shape(axis) == 1 ? 0 : array.strides(axis) / py::ssize_t(sizeof(T));
+    return axis < 0 || array.shape(axis) == 1 ? 0 : array.strides(axis) / array.itemsize();
   };
   Strided s;
   s.rank = 0;
@@ -258,7 +337,7 @@ void binary(std::string_view name, const Array& y, const Array& a, const Array& 
     const T* const ap = call.operand<T>("a", a, Shape(y));
     const T* const bp = call.operand<T>("b", b, Shape(y));
     if (y.size() == 0) return;
-    const Strided s = strided<T>(call, y, a, b);
+    const Strided s = strided(call, y, a, b);
     const NoGil released;
     kernels<T>().binary(op, yp, ap, bp, s);
   });
@@ -348,11 +427,10 @@ void copy(const Array& y, const Array& a) {
   const Call call("copy");
   call.typed(y, [&](auto zero) {
     using T = decltype(zero);
-    T* const yp = const_cast<T*>(call.view<T>("y", y, Shape(y)));
-    call.expect(y.writeable(), "y must be writable");
+    T* const yp = call.out_view<T>("y", y, Shape(y));
     const T* const ap = call.operand<T>("a", a, Shape(y));
     if (y.size() == 0) return;
-    const Strided s = strided<T>(call, y, a, a);
+    const Strided s = strided(call, y, a, a);
     const NoGil released;
     kernels<T>().copy(yp, ap, s);
   });
@@ -366,6 +444,21 @@ void fill(const Array& y, double value) {
     const NoGil released;
     kernels<T>().fill(yp, value, y.size());
   });
+}
+
+void cast(const Array& y, const Array& x) {
+  const Call call("cast");
+  if (is_bfloat16(y.dtype())) {
+    bf16* const yp = call.out<bf16>("y", y, Shape(y));
+    const float* const xp = call.in<float>("x", x, Shape(y));
+    const NoGil released;
+    kernels<float>().to_bf16(yp, xp, y.size());
+  } else {
+    float* const yp = call.out<float>("y", y, Shape(y));
+    const bf16* const xp = call.in<bf16>("x", x, Shape(y));
+    const NoGil released;
+    kernels<float>().from_bf16(yp, xp, y.size());
+  }
 }
 
 // Reductions -------------------------------------------------------------------------------------------------------
@@ -431,7 +524,9 @@ void matmul(const Array& y, const Array& a, const Array& b) {
     T* const yp = call.out<T>("y", y, matrices(M, N));
     const T* const ap = call.view<T>("a", a, matrices(M, K));
     const T* const bp = call.view<T>("b", b, matrices(K, N));
-    const auto stride = [](const Array& array, py::ssize_t axis) { return i64(array.strides(axis)) / i64(sizeof(T)); };
+    const auto stride = [](const Array& array, py::ssize_t axis) {
+      return i64(array.strides(axis) / array.itemsize());
+    };
     const i64 a_batch = rank == 2 ? 0 : stride(a, 0), b_batch = rank == 2 ? 0 : stride(b, 0);
     const MatrixView a_view{stride(a, row), stride(a, column)}, b_view{stride(b, row), stride(b, column)};
     const i64 size = y.size();
@@ -841,6 +936,7 @@ inline void define_kernels(py::module_& module) {
   module.def("dropout", &dropout);
   module.def("copy", &copy);
   module.def("fill", &fill);
+  module.def("cast", &cast);
   module.def("sum", &sum);
   module.def("max", &max);
   module.def("max_backward", &max_backward);

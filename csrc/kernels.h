@@ -85,6 +85,9 @@ struct Kernels {
   void (*dropout)(T* y, const T* x, i64 n, double p, RandomKey key);  // y = x / (1 - p) or 0; backward: same on dy
   void (*copy)(T* y, const T* a, const Strided& s);                   // y[s.y] = a[s.a]
   void (*fill)(T* y, double value, i64 n);
+  // Between float and bf16, rounded to the nearest, ties to even: in the table of float alone.
+  void (*to_bf16)(bf16* y, const T* x, i64 n);
+  void (*from_bf16)(T* y, const bf16* x, i64 n);
 
   // reduce.cpp -----------------------------------------------------------------------------------------------
   void (*sum)(T* y, const T* x, i64 outer, i64 n, i64 inner);  // y (outer, inner) of x (outer, n, inner), in double

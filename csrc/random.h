@@ -7,12 +7,6 @@
 
 #include "kernels.h"
 
-#ifdef __CUDACC__  // kernels make their own words
-#define TINYRES_ANYWHERE __host__ __device__
-#else
-#define TINYRES_ANYWHERE
-#endif
-
 namespace tinyres::philox {
 
 struct Block {

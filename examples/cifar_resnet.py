@@ -26,7 +26,7 @@ import numpy as np
 import tinyres
 from tinyres import backend, data, models, nn, ops, optim
 from tinyres.errors import ArgumentError, TinyresError, expect
-from tinyres.options import CONV
+from tinyres.options import CONV, PRECISION
 from tinyres.recipes import RECIPES
 from tinyres.train import (
     Interrupt,
@@ -85,6 +85,7 @@ def parse_arguments():
     add("--resume", action="store_true", help="go on from the checkpoint in --out; afresh if there is none yet")
     add("--threads", type=int, help="CPU threads (all)")
     add("--conv", choices=CONV, default="auto", help="how convolutions are computed (tinyres.options)")
+    add("--precision", choices=PRECISION, default="float32", help="what activations are kept in (tinyres.options)")
     add("--no-augment", action="store_true", help="no random crops and flips")
     add("--validation", action="store_true", help=f"train without the last {VALIDATION:,} images and test on them")
     add("--no-norm-decay", action="store_true", help="decay the weights alone, not biases nor batch norm's parameters")
@@ -109,7 +110,7 @@ def main():
     # Device, recipe
     device = choose_device(args.device)
     backend.use(device)
-    tinyres.options(conv=args.conv, threads=args.threads)
+    tinyres.options(conv=args.conv, precision=args.precision, threads=args.threads)
     tinyres.manual_seed(args.seed)
     recipe_name = args.recipe if args.recipe != "auto" else "paper2015" if device == "cuda" else "quick"
     recipe = RECIPES[recipe_name]
@@ -180,6 +181,7 @@ def main():
         "bn_group": args.bn_group,
         "batch_size": args.batch_size,
         "augment": not args.no_augment,
+        "precision": args.precision,
         "seed": args.seed,
         "schedule_steps": length,
     }

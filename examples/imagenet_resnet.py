@@ -30,7 +30,7 @@ import tinyres
 from tinyres import backend, classify, models, nn, ops, optim
 from tinyres.data.folder import AUGMENTATIONS, FolderLoader, ImageFolder, mean_image
 from tinyres.errors import ArgumentError, CheckpointError, DataError, TinyresError, expect
-from tinyres.options import CONV
+from tinyres.options import CONV, PRECISION
 from tinyres.recipes import IMAGENET, IMAGENET_MEAN, IMAGENET_STD
 from tinyres.train import (
     Interrupt,
@@ -88,6 +88,7 @@ def parse_arguments():
     add("--resume", action="store_true", help="go on from the checkpoint in --out; afresh if there is none yet")
     add("--threads", type=int, help="CPU threads (all)")
     add("--conv", choices=CONV, default="auto", help="how convolutions are computed (tinyres.options)")
+    add("--precision", choices=PRECISION, default="float32", help="what activations are kept in (tinyres.options)")
     add("--validation", action="store_true", help=f"train without one image in {VALIDATION} and test on those")
     add("--no-norm-decay", action="store_true", help="decay the weights alone, not biases nor batch norm's parameters")
     add("--bn-group", type=int, help="batch norm over groups of so many images; 32 as on the papers' eight GPUs")
@@ -171,7 +172,7 @@ def main():
     # Device
     device = choose_device(args.device)
     backend.use(device)
-    tinyres.options(conv=args.conv, threads=args.threads)
+    tinyres.options(conv=args.conv, precision=args.precision, threads=args.threads)
     tinyres.manual_seed(args.seed)
     recipe = IMAGENET[args.recipe]
     lr = recipe.lr if args.lr is None else args.lr
@@ -235,6 +236,7 @@ def main():
         "norm_decay": not args.no_norm_decay,
         "bn_group": args.bn_group,
         "batch_size": batch_size,
+        "precision": args.precision,
         "seed": args.seed,
         "schedule_steps": length,
     }

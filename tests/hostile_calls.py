@@ -7,10 +7,11 @@ import itertools
 import numpy as np
 
 import tinyres
-from hostile_draw import SIZES, overlapping, plant, repeated, strided
+from hostile_draw import BF16, SIZES, overlapping, plant, repeated, strided
 from tinyres import Tensor, data, nn, ops, optim
 from tinyres.backend import reference
 from tinyres.backend.random import philox
+from tinyres.dtypes import wide
 
 
 def _upstream(y, d):
@@ -128,9 +129,9 @@ def _conv2d(residual=False, bias=False):
     def arguments(d):
         shape, window, stride, padding = _window(d, pool=False)
         K = d.pick((1, 2, 4, 16, 17))
-        b = {"b": d.tensor(K)} if bias or d.chance(0.5) else {}
+        b = {"b": d.parameter(K)} if bias or d.chance(0.5) else {}
         y = {"residual": d.tensor(shape[0], *_output(shape, window, stride, padding), K)} if residual else {}
-        w = d.tensor(*_pair(window), shape[3], K)
+        w = d.parameter(*_pair(window), shape[3], K)
         return {"x": d.tensor(*shape), **y, "w": w, **b, "stride": stride, "padding": padding}
 
     return arguments
@@ -147,21 +148,41 @@ def _batch_norm(residual=False):
         shape = (max(2, shape[0]), *shape[1:])
         C = shape[-1:]
         training = d.chance(0.6)
-        running = {"running_mean": d.out(*C), "running_var": d.out(*C)}
+        running = {name: d.out(*C, dtype=wide(d.dtype)) for name in ("running_mean", "running_var")}
         np.abs(running["running_var"], out=running["running_var"])
         if training and d.chance(0.3):
             running = dict.fromkeys(running)
         y = {"residual": d.tensor(*shape)} if residual else {}
         settings = {"training": training, "momentum": d.pick((0.1, 0, 1)), "eps": d.pick((1e-5, 0.1))}
-        return {"x": d.tensor(*shape), **y, "gamma": d.tensor(*C), "beta": d.tensor(*C), **running, **settings}
+        return {"x": d.tensor(*shape), **y, "gamma": d.parameter(*C), "beta": d.parameter(*C), **running, **settings}
 
     return arguments
+
+
+def _linear(d):
+    b = {"b": d.parameter(5)} if d.chance(0.5) else {}
+    return {"x": d.tensor(2, 3), "w": d.parameter(3, 5), **b}
+
+
+def _cast(d):
+    d.dtype = BF16 if d.dtype == BF16 else np.dtype(np.float32)
+    return {"x": d.tensor(*d.shape(d.integer(0, 4), empty=True)), "dtype": d.pick(("float32", "bfloat16"))}
 
 
 def _cross_entropy(d):
     N, K = d.pick(SIZES), d.pick(SIZES)
     labels = d.array(N, dtype=d.pick((np.int64, np.int64, np.int32, np.uint8)), low=0, high=K)
     return {"logits": d.tensor(N, K), "labels": labels, "label_smoothing": d.pick((0.0, 0.1, 1.0))}
+
+
+def either(arguments):
+    """The arguments of an op, in bfloat16 now and then."""
+
+    def drawn(d):
+        d.dtype = BF16 if d.chance(0.25) else d.dtype
+        return arguments(d)
+
+    return drawn
 
 
 OPS = {
@@ -177,7 +198,8 @@ OPS = {
     "pad": lambda d: {"x": d.tensor(*d.shape(2)), "widths": ((d.integer(0, 2), 1), [0, d.integer(0, 3)]), "value": 0.5},
     "concatenate": _concatenate,
     "matmul": _matmul,
-    "linear": lambda d: {"x": d.tensor(2, 3), "w": d.tensor(3, 5), **({"b": d.tensor(5)} if d.chance(0.5) else {})},
+    "linear": _linear,
+    "cast": _cast,
     "conv2d": _conv2d(),
     "conv2d_relu": _conv2d(bias=True),
     "conv2d_add_relu": _conv2d(residual=True, bias=True),
@@ -553,6 +575,13 @@ def _rows(*order):
     return arguments
 
 
+def _raw_cast(d):
+    shape = d.shape(d.integer(0, 3), empty=True)
+    dtypes = [BF16, np.dtype(np.float32)]
+    d.random.shuffle(dtypes)
+    return {"y": d.out(*shape, dtype=dtypes[0]), "x": d.array(*shape, dtype=dtypes[1])}
+
+
 _BINARY = ("add", "sub", "mul", "div", "pow", "maximum")
 _UNARY = ("neg", "exp", "log", "sqrt", "sigmoid", "tanh", "relu")
 _MASK = ("sqrt", "sigmoid", "tanh", "relu")
@@ -594,6 +623,7 @@ RAW = {
         lambda d: {**_named((), "y", "")(d), "value": 0.5},
         lambda y, value: [np.full(y.shape, float(value), y.dtype)],
     ),
+    "cast": _raw("y", _raw_cast, lambda y, x: [R.cast(x, y.dtype)]),
     "sum": _raw("y", _rows("y", "x"), lambda y, x: [R.sum(x, (1,), False)]),
     "max": _raw("y", _rows("y", "x"), lambda y, x: [R.max(x, (1,), False)]),
     "max_backward": _raw(
@@ -692,6 +722,8 @@ def binding(extension, name):
     outputs, arguments, want = RAW[name]
 
     def run(arguments, d):
+        if name != "cast" and _some_bfloat16(arguments.values()):
+            d.comparable = False  # put in the place of one array: the CPU's bindings take it among float32 ones
         if d.device.name == "reference":
             plain = [np.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments.values()]
             return _flat(want(*plain))
@@ -699,6 +731,11 @@ def binding(extension, name):
         return _flat(arguments[key] for key in outputs)
 
     return arguments, run
+
+
+def _some_bfloat16(values):
+    lists = (list, tuple)
+    return any(_some_bfloat16(v) if isinstance(v, lists) else getattr(v, "dtype", None) == BF16 for v in values)
 
 
 def _flat(arrays):

@@ -6,14 +6,17 @@ import warnings
 from decimal import Decimal
 from fractions import Fraction
 
+import ml_dtypes
 import numpy as np
 
 import tinyres
 from tinyres import Tensor
+from tinyres.dtypes import wide
 
 SEED = 20151210
 HUGE = 1 << 24  # elements: arrays of so many are views, and not looked at
 POOL = np.random.default_rng(0).standard_normal(1 << 16)
+BF16 = np.dtype(ml_dtypes.bfloat16)
 SIZES = (1, 1, 2, 2, 3, 4, 5, 8, 16, 17)
 
 
@@ -68,6 +71,10 @@ class Draw:
 
     def tensor(self, *shape):
         return Tensor(self.array(*shape), self.chance(0.8), self.device)
+
+    def parameter(self, *shape):
+        """A tensor that is float32 beside bfloat16."""
+        return Tensor(self.array(*shape, dtype=wide(self.dtype)), self.chance(0.8), self.device)
 
 
 # Hostile arrays ---------------------------------------------------------------------------------------------------
@@ -166,7 +173,10 @@ def record(array, d):
     return fields if d.chance(0.5) else fields["a"]
 
 
-_DTYPES = ("?", "i1", "i4", "i8", "u1", "u4", "u8", "f2", "f4", "f8", "g", "c8", "c16", "O", "U", "S", "M8[s]", "m8[s]")
+_DTYPES = (
+    *("?", "i1", "i4", "i8", "u1", "u4", "u8", "f2", "f4", "f8", "g", "c8", "c16"),
+    *("bfloat16", "O", "U", "S", "M8[s]", "m8[s]"),
+)
 
 
 def another_dtype(array, d):
@@ -303,4 +313,7 @@ def hostile(value, arguments, d):
                 return d.pick(TYPES)(value)
         except (OverflowError, TypeError, ValueError):
             return value  # an int8 is not -200
-    return d.pick(SCALARS)
+    choice = d.pick(SCALARS)
+    if isinstance(choice, np.ndarray) and isinstance(value, np.ndarray):
+        return d.keep(choice.copy(), value)  # the call may write to it, if to that
+    return choice

@@ -31,6 +31,7 @@ from tinyres.errors import (
     OutOfMemoryError,
     ShapeError,
 )
+from tinyres.options import PRECISION
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cifar_resnet.py"
 
@@ -312,10 +313,12 @@ def test_batches_are_those_of_the_cpu(gpu, augment, shuffle):
             assert gpu.owns(g) and g.dtype == w.dtype and host(g).tobytes() == w.tobytes()
 
 
+@pytest.mark.parametrize("precision", PRECISION)
 @pytest.mark.parametrize("fused", (False, True))
-def test_an_epoch_does_not_wait(gpu, fused):
+def test_an_epoch_does_not_wait(gpu, fused, precision):
     """Batch, forward, loss, backward, update and metrics: nothing is read until the figures are wanted."""
     backend.use("cuda")
+    tinyres.options(precision=precision)
     loader = data.Loader(*pictures(12), 2, augment=True, shuffle=True, device="cuda")
     model = models.cifar_resnet(8, shortcut="B")
     model = tinyres.fuse(model) if fused else model
@@ -477,10 +480,13 @@ def test_ten_steps_agree_with_the_reference(device, conv):
     np.testing.assert_allclose(losses(device, conv), losses("reference", "auto"), rtol=1e-10)
 
 
+@pytest.mark.parametrize("precision", ("float32", "bfloat16"))
 @pytest.mark.parametrize("device", [name for name in DEVICES if name != "reference"])
-def test_the_example_runs(device, example, capsys):
-    assert example(device, "--iterations", "5") == 0
+def test_the_example_runs(device, precision, example, capsys, tmp_path):
+    assert example(device, "--iterations", "5", "--precision", precision) == 0
     assert f"5 steps on {device}" in (printed := capsys.readouterr().out) and "test      error" in printed
+    config = json.loads((tmp_path / device / "config.json").read_text())
+    assert config["precision"] == config["options"]["precision"] == precision
 
 
 # What is missing ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "tinyres"
 # Lowest first; modules on one line do not import each other.
 LAYERS = [
     ["_cpu", "errors", "version"],
+    ["dtypes"],
     ["options"],
     ["backend"],
     ["autograd"],

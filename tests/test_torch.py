@@ -176,6 +176,26 @@ if HAVE_TORCH:
         for (name, parameter), gradient in zip(model.named_parameters(), gradients_as_tinyres(peer), strict=True):
             assert_same(parameter.grad, gradient, f"gradient of {name}")
 
+    def test_bfloat16_is_as_near_as_autocast(rng):
+        """Gradients in mixed precision, here and there, against those in float64."""
+        model, peer = networks(8, "B", False)
+        x, labels = rng.standard_normal((8, 32, 32, 3)), rng.integers(0, 10, 8)
+
+        def ours_in(dtype):
+            model.to(dtype=dtype).zero_grad()
+            ops.cross_entropy(model(tinyres.tensor(x.astype(dtype))), labels).backward()
+            return np.concatenate([p.grad.ravel() for p in model.parameters()])
+
+        exact = ours_in(np.float64)
+        with tinyres.options(precision="bfloat16"):
+            rounded = ours_in(np.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(peer.float()(nchw(torch.tensor(x, dtype=torch.float32))), torch.from_numpy(labels))
+        loss.backward()
+        autocast = np.concatenate([np.ravel(g) for g in gradients_as_tinyres(peer)])
+        error, theirs = (np.linalg.norm(g - exact) / np.linalg.norm(exact) for g in (rounded, autocast))
+        assert 0.01 < theirs < 0.2 and error < 1.2 * theirs, (error, theirs)
+
     @pytest.mark.parametrize("depth,shortcut", [(18, "B"), (18, "A"), (50, "B")])
     def test_networks_for_imagenet(rng, depth, shortcut):
         """Gradients in training, then folded inference, on smaller images."""

@@ -124,6 +124,8 @@ def test_resume_says_when_the_kernels_are_others(run, tmp_path, monkeypatch):
 def test_resume_refuses_another_run(run, whole):
     printed = run(whole[0], "--iterations", "7", "--resume", "--lr", "0.2", status=1)
     assert "[resume] lr must be that of the run in" in printed and "checkpoint 0.4, now 0.2" in printed
+    printed = run(whole[0], "--iterations", "7", "--resume", "--precision", "bfloat16", status=1)
+    assert "[resume] precision must be that of the run in" in printed and "float32, now bfloat16" in printed
     assert "Traceback" not in printed
 
 

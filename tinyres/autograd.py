@@ -21,9 +21,8 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from tinyres import backend
 from tinyres.backend import Array, Device
+from tinyres.dtypes import FLOATS, bfloat16, is_bfloat16
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, GraphError, ShapeError, expect, fail, out_of_memory
-
-FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 Axis = int | tuple[int, ...] | None  # of a reduction; None is all axes
 BasicIndex = SupportsIndex | slice | EllipsisType | None
@@ -267,7 +266,8 @@ def tensor(
     """A leaf Tensor with a copy-free view of `array` where dtype and device allow it, else a copy.
 
     array   array (of any device), number or nested list: real numbers. Python floats become float32
-    dtype   float32 or float64 (integers and bools too where no gradient is required); None keeps an array's own
+    dtype   float32 or float64 (bfloat16, integers and bools too where no gradient is required); None keeps an array's
+            own. "bfloat16" is ml_dtypes.bfloat16
     device  name or Device; None is the default (`tinyres.backend.use`)
     Raises DtypeError for data that are not real numbers or need a gradient and are not floating, ShapeError for
     ragged lists, DeviceError for an absent device.
@@ -291,15 +291,16 @@ def tensor(
     if dtype is None:
         dtype = np.float32 if not given and array.dtype.kind == "f" else array.dtype
     try:
-        kept: np.dtype = np.dtype(dtype).newbyteorder("=")
+        named = isinstance(dtype, str) and dtype == "bfloat16"
+        kept: np.dtype = bfloat16() if named else np.dtype(dtype).newbyteorder("=")
     except TypeError:
         raise DtypeError(f"[{op}] dtype must name a type; got dtype {dtype!r}") from None
-    kinds = "f" if requires_grad else "fiub"
-    valid = array.dtype.kind in "fiub" and kept.kind in kinds and (kept.kind != "f" or kept in FLOATS)
+    valid = array.dtype.kind in "fiub" or is_bfloat16(array.dtype)
+    valid = valid and (kept in FLOATS or not requires_grad and (kept.kind in "iub" or is_bfloat16(kept)))
     expect(
         valid,
         op,
-        "data must be float32 or float64" + ("" if requires_grad else ", integer or bool"),
+        "data must be float32 or float64" + ("" if requires_grad else ", bfloat16, integer or bool"),
         DtypeError,
         array=array.dtype,
         dtype=kept,
@@ -551,7 +552,8 @@ def _seed_gradient(op, y, gradient):
         gradient = _array(y.device, gradient.data if isinstance(gradient, Tensor) else gradient)
     except ValueError as error:
         raise ShapeError(f"[{op}] the gradient must be an array ({error})") from None
-    expect(gradient.dtype.kind in "fiu", op, "the gradient must be real numbers", DtypeError, gradient=gradient.dtype)
+    numbers = gradient.dtype.kind in "fiu" or is_bfloat16(gradient.dtype)
+    expect(numbers, op, "the gradient must be real numbers", DtypeError, gradient=gradient.dtype)
     expect(
         gradient.shape in (y.shape, ()),
         op,

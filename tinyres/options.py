@@ -11,9 +11,10 @@ from contextvars import ContextVar
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tinyres import _cpu
+from tinyres import _cpu, dtypes
 from tinyres.errors import ArgumentError, expect
 
+PRECISION = ("float32", "tf32", "bfloat16")
 CONV = ("auto", "naive", "direct", "tiled", "winograd")
 
 
@@ -23,15 +24,28 @@ class Options:
              winograd (a quarter of the products for 3x3 windows at stride 1 in float32, docs/winograd.md; direct for
              all others, and always in float64, so that gradient checks stay sharp; cpu), tiled (a matrix product
              through shared memory; emulated, cuda), or auto: the fastest that the device has for the shape and dtype
+    precision  of what is float32 otherwise; float64 stays float64.
+             tf32: convolutions may round what they multiply to 10 bits of mantissa, where the device has tensor cores
+             (cuda, emulated); nothing changes elsewhere.
+             bfloat16: convolutions, linear layers and matrix products take their inputs in bfloat16, so that all
+             activations after the first of them, and their gradients, are bfloat16: half the memory, 8 bits of
+             mantissa. Parameters, their gradients, batch norm's statistics and the loss stay float32, and sums run in
+             float32. It needs ml_dtypes (pip install 'tinyres[bfloat16]'), and on cuda CuPy 14
     threads  CPU threads; None is OMP_NUM_THREADS where set, else every CPU that this process may use
     """
 
     conv: str = "auto"
+    precision: str = "float32"
     threads: int | None = None
 
     def __post_init__(self) -> None:
         known = isinstance(self.conv, str) and self.conv in CONV
         expect(known, "options", f"conv must be one of {', '.join(CONV)}", ArgumentError, conv=self.conv)
+        known = isinstance(self.precision, str) and self.precision in PRECISION
+        rule = f"precision must be one of {', '.join(PRECISION)}"
+        expect(known, "options", rule, ArgumentError, precision=self.precision)
+        if self.precision == "bfloat16":
+            dtypes.bfloat16()
         whole = isinstance(self.threads, int) and not isinstance(self.threads, bool)
         valid = self.threads is None or (whole and 1 <= self.threads <= 1024)
         expect(valid, "options", "threads must be None or an integer in 1 .. 1024", ArgumentError, threads=self.threads)

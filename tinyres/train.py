@@ -21,6 +21,7 @@ from tinyres import _cpu, backend, ops
 from tinyres.autograd import Tensor, no_grad, tensor
 from tinyres.backend import Array, random
 from tinyres.checkpoint import load, naming, serialize, write_atomic
+from tinyres.dtypes import wide
 from tinyres.errors import CheckpointError, DeviceError, NonFiniteError, TinyresError, expect
 from tinyres.nn import BatchNorm2d, Module
 from tinyres.nn.module import home_of
@@ -53,7 +54,8 @@ class Running:
 
         Returns how many of its images were wrong, as `int()` reads it: on a GPU that waits.
         """
-        wrong = (logits.data.argmax(axis=1) != logits.device.asarray(labels)).sum()
+        scores = logits.device.kernels.cast(logits.data, wide(logits.dtype))
+        wrong = (scores.argmax(axis=1) != logits.device.asarray(labels)).sum()
         mean_loss = loss.data.astype(np.float64) if isinstance(loss, Tensor) else loss
         self.images += len(labels)
         self._wrong = self._wrong + wrong

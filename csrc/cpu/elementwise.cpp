@@ -116,6 +116,18 @@ void fill(T* y, double value, i64 n) {
   map(y, n, [=]() { return splat(T(value)); });
 }
 
+inline void to_bf16(bf16* y, const float* x, i64 n) {
+  parallel_ranges(n, PART, [=](i64 begin, i64 end) {
+    for (i64 i = begin; i < end; i++) y[i] = tinyres::to_bf16(x[i]);
+  });
+}
+
+inline void from_bf16(float* y, const bf16* x, i64 n) {
+  parallel_ranges(n, PART, [=](i64 begin, i64 end) {
+    for (i64 i = begin; i < end; i++) y[i] = to_float(x[i]);
+  });
+}
+
 // ---- strided arrays -----------------------------------------------------------------------------------------------
 
 // Walks two operands in runs along the last axis, in parts of the flat order: run(flat, p, q, length) with the flat
@@ -214,6 +226,10 @@ void elementwise_kernels(Kernels<T>& table) {
   table.dropout = dropout<T>;
   table.copy = copy<T>;
   table.fill = fill<T>;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    table.to_bf16 = to_bf16;
+    table.from_bf16 = from_bf16;
+  }
 }
 
 template void elementwise_kernels<float>(Kernels<float>&);

@@ -235,6 +235,13 @@ void fill(T* y, double value, i64 n) {
   map("fill", y, n, Constant<Wide<T>>{Wide<T>(value)});
 }
 
+struct Same {
+  __device__ float operator()(float x) const { return x; }
+};
+
+void cast_to_bf16(bf16* y, const float* x, i64 n) { map("cast", y, n, Same{}, x); }
+void cast_from_bf16(float* y, const bf16* x, i64 n) { map("cast", y, n, Same{}, x); }
+
 // ---- strided arrays -----------------------------------------------------------------------------------------------
 
 // The pack of an operand that begins at p: neighbours, or one element N times where the last axis repeats it.
@@ -371,6 +378,10 @@ void elementwise_kernels(Kernels<T>& table) {
   table.dropout = dropout<T>;
   table.copy = copy<T>;
   table.fill = fill<T>;
+  if constexpr (std::is_same_v<T, float>) {
+    table.to_bf16 = cast_to_bf16;
+    table.from_bf16 = cast_from_bf16;
+  }
 }
 
 template void elementwise_kernels<float>(Kernels<float>&);

@@ -360,6 +360,31 @@ void far_apart(const Kernels<bf16>& k) {
 #endif
 }
 
+// Between float and bf16, bit for bit: ties, NaN and infinities among the numbers.
+void casts() {
+  Kernels<float> k{};
+  elementwise_kernels(k);
+  for (int n : SIZES) {
+    for (int shift : {0, 1, 4}) {
+      Shifted<float> x(n, shift), back(n, shift);
+      Shifted<bf16> y(n, shift);
+      fill_varied(x, unsigned(n), -100, 100);
+      x[0] = 1 + 0x1p-8f;  // lies half-way
+      k.to_bf16(y.data(), x.data(), n);
+      k.from_bf16(back.data(), y.data(), n);
+      wait();
+      bool same = y[0].bits == 0x3f80;
+      for (int i = 0; i < n; i++) {
+        const float stored = to_float(to_bf16(x[i]));
+        same = same && y[i].bits == to_bf16(x[i]).bits && std::memcmp(&back[i], &stored, sizeof stored) == 0;
+      }
+      CHECK(same);
+    }
+  }
+  k.to_bf16(nullptr, nullptr, 0);
+  k.from_bf16(nullptr, nullptr, 0);
+}
+
 template <class T>
 void test() {
   Kernels<T> k{};
@@ -388,6 +413,7 @@ int main() {
   test<float>();
   test<double>();
   test<bf16>();
+  casts();
   CHECK(scratch_blocks == 0);
   return report();
 }

@@ -3,6 +3,7 @@
 
 import re
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -39,6 +40,7 @@ TENSORS = {
     "integers": lambda x: tensor(*x.shape, dtype=np.int64),
     "bools": lambda x: tensor(*x.shape, dtype=np.bool_),
     "another dtype": lambda x: tensor(*x.shape, dtype=np.float32),
+    "bfloat16": lambda x: holding(x.data.astype(ml_dtypes.bfloat16)),
     "float16": lambda x: holding(x.data.astype(np.float16)),
     "long double": lambda x: holding(x.data.astype(np.longdouble)),
     "complex": lambda x: holding(x.data.astype(np.complex128)),
@@ -144,6 +146,7 @@ def _valid():
         **{name: {"a": x, "b": tensor(2, 3)} for name in ("add", "sub", "mul", "div", "pow", "maximum", "add_relu")},
         **{name: {"x": x} for name in ("neg", "exp", "log", "sqrt", "sigmoid", "tanh", "relu")},
         **{name: {"x": x, "axis": 1, "keepdims": False} for name in ("sum", "mean", "max")},
+        "cast": {"x": tensor(2, 3, dtype=np.float32), "dtype": "bfloat16"},
         "dropout": {"x": x, "p": 0.5, "training": True},
         "reshape": {"x": x, "shape": (3, 2)},
         "flatten": {"x": x, "start": 1},
@@ -285,7 +288,8 @@ RULES = {
     "[add] shapes must broadcast; got a (2, 3), b (2,)": (ShapeError, lambda: tensor(2, 3) + tensor(2)),
     "[add] operands must have one dtype; got a float64, b float32": (
         DtypeError, lambda: tensor(2) + tensor(2, dtype=np.float32)),
-    "[exp] x must be float32 or float64; got dtype int64": (DtypeError, lambda: ops.exp(tensor(2, dtype=np.int64))),
+    "[exp] x must be float32, float64 or bfloat16; got dtype int64": (
+        DtypeError, lambda: ops.exp(tensor(2, dtype=np.int64))),
     "[matmul] columns of a and rows of b must agree; got a (2, 3), b (2, 3)": (
         ShapeError, lambda: tensor(2, 3) @ tensor(2, 3)),
     "[cross_entropy] labels must be in 0 .. 3; got smallest -1, largest 4": (

@@ -81,8 +81,8 @@ def _evaluation(op):
 
 
 def test_every_op_is_here():
-    assert set(OPS) == set(ops.__all__)
-    assert {op for op, *_ in FAULTS} == set(ops.__all__)
+    others = {"cast"}  # it has no float64 to be checked in: tests/test_precision.py
+    assert set(OPS) == set(ops.__all__) - others == {op for op, *_ in FAULTS}
 
 
 def _functions(base=Function):

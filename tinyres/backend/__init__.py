@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from tinyres import _cpu
-from tinyres.backend import compose, cuda, memory, reference, spec
+from tinyres.backend import compose, cuda, memory, reference, rounding, spec
 from tinyres.backend.adapter import Adapter
 from tinyres.errors import ArgumentError, expect
 
@@ -29,10 +29,10 @@ class _Kernels:
 
     def __init__(self, module):
         for name in spec.MANDATORY:
-            setattr(self, name, getattr(module, name))
+            setattr(self, name, rounding.once(name, getattr(module, name)))
         for name in spec.FUSED:
             own = getattr(module, name, None)
-            setattr(self, name, own or getattr(compose, name).__get__(self))
+            setattr(self, name, rounding.once(name, own or getattr(compose, name).__get__(self)))
 
 
 class Device:

@@ -10,14 +10,9 @@ import numpy as np
 
 from tinyres.backend import compose
 from tinyres.backend.reference import output_size
+from tinyres.dtypes import wide
 from tinyres.errors import ArgumentError, fail
 from tinyres.options import get as options
-
-
-def _wide(dtype):
-    """What statistics and weight gradients are kept in beside elements of `dtype`."""
-    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
-
 
 # what the methods of one kind have in common ---------------------------------------------------------------------
 
@@ -140,6 +135,13 @@ class Adapter:
         self.extension.dropout(y, self.contiguous(x), p, *key)
         return y
 
+    def cast(self, x, dtype):
+        if x.dtype == dtype:
+            return x
+        y = self.empty(x.shape, dtype)
+        self.extension.cast(y, self.contiguous(x))
+        return y
+
     # shape ----------------------------------------------------------------------------------------------------------
 
     def broadcast_to(self, x, shape):
@@ -227,8 +229,10 @@ class Adapter:
 
     # convolution ----------------------------------------------------------------------------------------------------
 
-    def _algorithm(self):
+    def _algorithm(self, dtype):
         known, chosen = self.extension.conv_algorithms, options().conv
+        if chosen == "auto" and dtype == np.float32 and options().precision == "tf32" and "mma" in known:
+            return "mma"  # the tensor cores round float32; in bfloat16 they are the extension's own choice
         if chosen not in known:
             rule = f"on {self.name} the option conv is one of {', '.join(known)}"
             fail("conv2d", rule, ArgumentError, conv=chosen)
@@ -238,13 +242,13 @@ class Adapter:
         return self.empty((x.shape[0], *output_size(x.shape, w.shape[:2], stride, padding), w.shape[3]), x.dtype)
 
     def conv2d_forward(self, x, w, stride, padding):
-        algorithm = self._algorithm()
+        algorithm = self._algorithm(x.dtype)
         y = self._conv2d_output(x, w, stride, padding)
         self.extension.conv2d_forward(y, self.contiguous(x), self.contiguous(w), stride, padding, algorithm)
         return y
 
     def conv2d_bias_forward(self, x, w, b, residual, relu, stride, padding):
-        algorithm = self._algorithm()
+        algorithm = self._algorithm(x.dtype)
         y = self._conv2d_output(x, w, stride, padding)
         x, w, b = self.contiguous(x), self.contiguous(w), self.contiguous(b)
         residual = residual if residual is None else self.contiguous(residual)
@@ -252,15 +256,15 @@ class Adapter:
         return y
 
     def conv2d_backward_input(self, dy, w, x_shape, stride, padding, total=None):
-        algorithm, add = self._algorithm(), total is not None
+        algorithm, add = self._algorithm(dy.dtype), total is not None
         dx = total if add else self.empty(x_shape, dy.dtype)
         dy, w = self.contiguous(dy), self.contiguous(w)
         self.extension.conv2d_backward_input(dx, dy, w, stride, padding, algorithm, add)
         return dx
 
     def conv2d_backward_weight(self, dy, x, w_shape, stride, padding):
-        algorithm = self._algorithm()
-        dw = self.empty(w_shape, _wide(dy.dtype))
+        algorithm = self._algorithm(dy.dtype)
+        dw = self.empty(w_shape, wide(dy.dtype))
         self.extension.conv2d_backward_weight(dw, self.contiguous(dy), self.contiguous(x), stride, padding, algorithm)
         return dw
 
@@ -382,7 +386,7 @@ class Adapter:
     # loss and training ----------------------------------------------------------------------------------------------
 
     def cross_entropy(self, logits, labels, smoothing):
-        loss, dlogits = self.empty((), _wide(logits.dtype)), self._like(logits)
+        loss, dlogits = self.empty((), wide(logits.dtype)), self._like(logits)
         labels = self.xp.ascontiguousarray(labels)
         self.extension.cross_entropy(loss, dlogits, self.contiguous(logits), labels, smoothing)
         return loss, dlogits

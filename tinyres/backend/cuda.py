@@ -9,6 +9,7 @@ import numpy as np
 
 from tinyres.backend import memory
 from tinyres.backend.adapter import Adapter
+from tinyres.dtypes import is_bfloat16
 from tinyres.errors import DeviceError, out_of_memory
 
 
@@ -50,14 +51,22 @@ def cuda() -> Adapter:
         raise DeviceError(f"[backend] cuda needs an NVIDIA GPU and its driver ({_first_line(error)})") from None
     if not count:
         raise DeviceError("[backend] cuda needs an NVIDIA GPU and its driver, which has found none")
+    return adapter("cuda", cupy, "_cuda", _allocator(cupy), lambda: cupy.cuda.get_current_stream().ptr)
+
+
+def _allocator(cupy):
+    """cupy.empty, which says what is missing where that is memory, or a CuPy that knows bfloat16."""
+    knows_bfloat16 = int(cupy.__version__.partition(".")[0]) >= 14
 
     def empty(shape, dtype):
+        if not knows_bfloat16 and is_bfloat16(np.dtype(dtype)):
+            raise DeviceError(f"[backend] bfloat16 on cuda needs CuPy 14; this is CuPy {cupy.__version__}")
         try:
             return cupy.empty(shape, dtype)
         except MemoryError as error:  # its pool has given back what waits and tried again, and says how large it is
             out_of_memory("empty", f"for {tuple(shape)} {np.dtype(dtype)}", error)
 
-    return adapter("cuda", cupy, "_cuda", empty, lambda: cupy.cuda.get_current_stream().ptr)
+    return empty
 
 
 def _first_line(error):

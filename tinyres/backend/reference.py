@@ -103,6 +103,11 @@ def relu_backward(dy, y):
     return np.where(y > 0, dy, np.zeros((), dy.dtype))
 
 
+def cast(x, dtype):
+    with np.errstate(over="ignore", invalid="ignore"):
+        return x if x.dtype == dtype else x.astype(dtype, order="C")
+
+
 def dropout(x, p, key):
     stream, draw = key
     bits = philox(stream, draw, -(-x.size // 4)).reshape(-1)[: x.size]

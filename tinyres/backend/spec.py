@@ -6,6 +6,9 @@ fresh dense arrays. Inputs may be views with any strides; the device's adapter m
 need it. Letters: N batch, H W input size, C channels, K filters, R S window, P Q output size; activations are
 NHWC, convolution weights RSCK, linear weights (in, out). Pairs such as `stride` are (height, width).
 
+Kernels take bfloat16 arrays too: they compute in float32 or better and round each result once. What a contract calls
+gamma, beta, mean, var, running_mean and running_var is float32 then, and so are the results named in `WIDE`.
+
 `MANDATORY` is what every device exports; a device may leave out anything in `FUSED`, and then the composition of
 the same name in `compose.py` takes its place.
 """
@@ -34,6 +37,7 @@ MANDATORY = {
     "relu_backward": "(dy, y) -> dy where y > 0, else 0",
     "dropout": "(x, p, key) -> x / (1 - p) where kept, else 0; the same call on dy is its backward. "
     "key is (stream key, draw number) of backend/random.py: element i is kept where uniform i of that draw is >= p",
+    "cast": "(x, dtype) -> x rounded to dtype, of float32 and bfloat16; x itself where it has it",
     # shape
     "contiguous": "(x) -> x, or a dense copy of it if it is a strided view",
     "broadcast_to": "(x, shape) -> dense array of that shape",
@@ -90,4 +94,14 @@ FUSED = {
     "batch_norm_add_relu_backward": "(dy, x, y, gamma, mean, inv_std, overwrite=False) -> dx, dresidual, dgamma, "
     "dbeta; dresidual may lie over dy if overwrite",
     "batch_norm_add_relu_inference": "(x, residual, gamma, beta, mean, var, eps) -> y",
+}
+
+# By kernel, the positions of the results that are float32 beside bfloat16 arguments; all others are bfloat16.
+WIDE = {
+    "conv2d_backward_weight": (0,),
+    "conv2d_backward": (1,),
+    **dict.fromkeys(("batch_norm_forward", "batch_norm_relu_forward", "batch_norm_add_relu_forward"), (1, 2)),
+    **dict.fromkeys(("batch_norm_backward", "batch_norm_relu_backward", "batch_norm_inference_backward"), (1, 2)),
+    "batch_norm_add_relu_backward": (2, 3),
+    "cross_entropy": (0,),
 }

@@ -144,7 +144,7 @@ def constant(
             raise TypeError("its imaginary part would be lost")
         with np.errstate(over="ignore"):  # an infinity is refused below
             value = value.astype(np.float32)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise DtypeError(f"[{op}] {name} must hold numbers; got {name} {value!r}") from None
     expect(value.shape in shapes, op, f"{name} must have one of the shapes {shapes}", got=value.shape)
     expect(np.isfinite(value).all(), op, f"{name} must be finite", ArgumentError, **{name: value})

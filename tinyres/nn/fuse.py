@@ -39,7 +39,7 @@ class BatchNormAddReLU2d(BatchNorm2d):
     """relu(batch_norm(x) + residual) in one pass; called with (x, residual)."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]  # a second input
-        checks.operands("BatchNormAddReLU2d", x=x, residual=residual)
+        checks.mixed("BatchNormAddReLU2d", x=x, residual=residual)
         if x.shape != residual.shape:  # an addition that broadcasts has no fused kernel
             return ops.relu(self._normalise(ops.batch_norm, x) + residual)
         return self._normalise(ops.batch_norm_add_relu, x, residual)

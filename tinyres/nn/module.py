@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from tinyres import backend
-from tinyres.autograd import FLOATS, Handle, Tensor, tensor
+from tinyres.autograd import Handle, Tensor, tensor
 from tinyres.backend import Array, Device
+from tinyres.dtypes import FLOATS
 from tinyres.errors import ArgumentError, CheckpointError, DtypeError, expect
 
 if TYPE_CHECKING:

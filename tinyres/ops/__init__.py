@@ -4,6 +4,7 @@
 
 from tinyres.autograd import Tensor
 from tinyres.ops.batch_norm import batch_norm, batch_norm_add_relu, batch_norm_relu
+from tinyres.ops.cast import cast
 from tinyres.ops.conv2d import conv2d, conv2d_add_relu, conv2d_relu
 from tinyres.ops.elementwise import (
     add,
@@ -29,8 +30,8 @@ from tinyres.ops.residual import add_relu
 from tinyres.ops.shape import concatenate, flatten, getitem, pad, reshape, transpose
 
 __all__ = [
-    "add", "add_relu", "avg_pool2d", "batch_norm", "batch_norm_add_relu", "batch_norm_relu", "concatenate", "conv2d",
-    "conv2d_add_relu", "conv2d_relu", "cross_entropy", "div", "dropout", "exp", "flatten", "getitem",
+    "add", "add_relu", "avg_pool2d", "batch_norm", "batch_norm_add_relu", "batch_norm_relu", "cast", "concatenate",
+    "conv2d", "conv2d_add_relu", "conv2d_relu", "cross_entropy", "div", "dropout", "exp", "flatten", "getitem",
     "global_avg_pool2d", "linear", "log", "matmul", "max", "max_pool2d", "maximum", "mean", "mul", "neg", "pad", "pow",
     "relu", "reshape", "sigmoid", "sqrt", "sub", "sum", "tanh", "transpose",
 ]  # fmt: skip

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from tinyres.autograd import Function, Tensor
 from tinyres.backend import Array
+from tinyres.dtypes import wide
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, expect, fail
 from tinyres.ops import checks
+from tinyres.ops.elementwise import add, relu
 
 
 class BatchNorm(Function):
@@ -87,8 +89,8 @@ def batch_norm(
     """Normalise each channel of `x`.
 
     x            (..., C), at least two values a channel in training
-    gamma, beta  (C,)
-    running_mean, running_var  arrays (C,) of x's dtype, updated in place in training; both may be None in training
+    gamma, beta  (C,), of x's dtype, float32 beside bfloat16
+    running_mean, running_var  arrays (C,) of gamma's dtype, updated in place in training; both may be None in training
     momentum     the share of the batch's statistics in the new running ones, in [0, 1]
     Returns the shape of x. Raises ShapeError, DtypeError, DeviceError or ArgumentError for what does not fit.
     """
@@ -127,14 +129,16 @@ def batch_norm_add_relu(
     `residual` has the shape of x; other arguments and errors as `batch_norm`.
     """
     op = "batch_norm_add_relu"
-    checks.operands(op, x=x, residual=residual)
-    expect(x.shape == residual.shape, op, "x and residual must have one shape", x=x.shape, residual=residual.shape)
     settings = _check(op, x, gamma, beta, running_mean, running_var, training, momentum, eps)
+    checks.mixed(op, x=x, residual=residual)
+    expect(x.shape == residual.shape, op, "x and residual must have one shape", x=x.shape, residual=residual.shape)
+    if x.dtype != residual.dtype:
+        return relu(add(BatchNorm.apply(x, gamma, beta, **settings), residual))
     return BatchNormAddReLU.apply(x, residual, gamma, beta, **settings)
 
 
 def _check(op, x, gamma, beta, running_mean, running_var, training, momentum, eps):
-    checks.operands(op, x=x, gamma=gamma, beta=beta)
+    checks.beside(op, x=x, gamma=gamma, beta=beta)
     training = checks.flag(op, "training", training)
     shape = x.shape
     if len(shape) < 2 or x.size == 0:
@@ -160,8 +164,8 @@ def _check_statistic(op, name, array, x, training):
         fail(op, f"{name} must be an array of x's device", DeviceError, **{name: type(array).__name__})
     if array.shape != x.shape[-1:]:
         fail(op, f"{name} must have one value per channel", x=x.shape, **{name: array.shape})
-    if array.dtype != x.dtype:
-        fail(op, f"{name} must have x's dtype", DtypeError, x=x.dtype, **{name: array.dtype})
+    if array.dtype != wide(x.dtype):
+        fail(op, f"{name} must have gamma's dtype", DtypeError, x=x.dtype, **{name: array.dtype})
     flags = array.flags
     if not getattr(flags, "aligned", True):  # CuPy's arrays have no such flags
         fail(op, f"{name} must be aligned", ArgumentError)

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from tinyres.autograd import FLOATS, Tensor
+from tinyres.autograd import Tensor
+from tinyres.dtypes import is_floating, wide
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, expect, fail
 
 C = TypeVar("C", int, str)
@@ -23,7 +24,25 @@ _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float3
 
 
 def operands(op: str, **tensors: Tensor) -> None:
-    """Each is a float32 or float64 Tensor, and all have one dtype and one device."""
+    """Each is a float32, float64 or bfloat16 Tensor, and all have one dtype and one device."""
+    _agree(op, tensors, False)
+
+
+def beside(op: str, **tensors: Tensor) -> None:
+    """The same of an input, the first, and parameters, which are float32 beside bfloat16."""
+    _agree(op, tensors, True)
+
+
+def mixed(op: str, **tensors: Tensor) -> None:
+    """As `operands`, but bfloat16 may stand beside float32."""
+    dtypes = {x._data.dtype for x in tensors.values() if isinstance(x, Tensor)}
+    if {dtype.name for dtype in dtypes if len(dtypes) > 1} != {"bfloat16", "float32"}:
+        return operands(op, **tensors)
+    for name, x in tensors.items():
+        operands(op, **{name: x})
+
+
+def _agree(op, tensors, parameters):
     dtype: Any = None
     device: Any = None
     for name, x in tensors.items():
@@ -31,11 +50,14 @@ def operands(op: str, **tensors: Tensor) -> None:
             raise DtypeError(f"[{op}] {name} must be a Tensor; got {type(x).__name__}")
         if device is None:
             dtype, device = x._data.dtype, x.device
-            if dtype not in FLOATS:
-                raise DtypeError(f"[{op}] {name} must be float32 or float64; got dtype {dtype}")
+            if not is_floating(dtype):
+                raise DtypeError(f"[{op}] {name} must be float32, float64 or bfloat16; got dtype {dtype}")
+            if parameters:
+                dtype = wide(dtype)
         elif x._data.dtype != dtype:
             got = ", ".join(f"{n} {t.dtype}" for n, t in tensors.items() if isinstance(t, Tensor))
-            raise DtypeError(f"[{op}] operands must have one dtype; got {got}")
+            but = ", parameters float32 beside bfloat16" if parameters else ""
+            raise DtypeError(f"[{op}] operands must have one dtype{but}; got {got}")
         elif x.device is not device:
             got = ", ".join(f"{n} {t.device}" for n, t in tensors.items() if isinstance(t, Tensor))
             raise DeviceError(f"[{op}] operands must be on one device; got {got}")
@@ -52,11 +74,11 @@ def tensors(op: str, a: Any, b: Any) -> tuple[Tensor, Tensor]:
 
 def _constant(op, value, like):
     if is_number(value):
-        if like._data.dtype not in FLOATS:
+        if not is_floating(like._data.dtype):
             operands(op, operand=like)  # refuses it: not every type could hold the number
         try:
             with np.errstate(over="ignore"):
-                return Tensor(like.device.asarray(value, like.dtype), False, like.device)
+                return Tensor(like.device.asarray(float(value), like.dtype), False, like.device)
         except OverflowError:
             raise ArgumentError(f"[{op}] a number must fit into float64; got {str(value)[:20]}...") from None
     owned = like.device.owns(value)

@@ -2,7 +2,8 @@
 
 y[n, p, q, k] = sum over r, s, c of x[n, p sh + r - ph, q sw + s - pw, c] w[r, s, c, k]  (+ b[k])
 
-The gradients are derived beside the kernels, in csrc/cpu/conv2d.cpp.
+The gradients are derived beside the kernels, in csrc/cpu/conv2d.cpp. Beside a bfloat16 x the parameters are float32:
+the Functions round them, and pass their gradients on as the kernels have summed them, in float32.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from tinyres.autograd import Function, Tensor
 from tinyres.errors import fail
 from tinyres.ops import checks
+from tinyres.ops.cast import lowered, widened
 from tinyres.ops.checks import Pair
 from tinyres.ops.elementwise import add, relu
 
@@ -19,10 +21,15 @@ class Conv2d(Function):
     adds_gradients = True  # dx, to the gradient that came along a shortcut
 
     def forward(self, x, w, b, stride, padding):
+        w = self.kernels.cast(w, x.dtype)
         self.saved = x, w, stride, padding
         if b is None:
             return self.kernels.conv2d_forward(x, w, stride, padding)
-        return self.kernels.conv2d_bias_forward(x, w, b, None, False, stride, padding)
+        return self._with_bias(x, w, b, None, False, stride, padding)
+
+    def _with_bias(self, x, w, b, residual, relu, stride, padding):
+        b = self.kernels.cast(b, x.dtype)
+        return self.kernels.conv2d_bias_forward(x, w, b, residual, relu, stride, padding)
 
     def backward(self, dy):
         return self._gradients(dy, self.needs, *self.saved)
@@ -36,13 +43,14 @@ class Conv2d(Function):
         elif needs[1]:
             dw = self.kernels.conv2d_backward_weight(dy, x, w.shape, stride, padding)
         if needs[2]:
-            db = self.kernels.sum(dy, (0, 1, 2), False)
+            db = self.kernels.sum(widened(self.kernels, dy), (0, 1, 2), False)
         return dx, dw, db
 
 
 class Conv2dReLU(Conv2d):
     def forward(self, x, w, b, stride, padding):
-        y = self.kernels.conv2d_bias_forward(x, w, b, None, True, stride, padding)
+        w = self.kernels.cast(w, x.dtype)
+        y = self._with_bias(x, w, b, None, True, stride, padding)
         self.saved = y, x, w, stride, padding
         return y
 
@@ -53,7 +61,8 @@ class Conv2dReLU(Conv2d):
 
 class Conv2dAddReLU(Conv2d):
     def forward(self, x, residual, w, b, stride, padding):
-        y = self.kernels.conv2d_bias_forward(x, w, b, residual, True, stride, padding)
+        w = self.kernels.cast(w, x.dtype)
+        y = self._with_bias(x, w, b, residual, True, stride, padding)
         self.saved = y, x, w, stride, padding
         return y
 
@@ -67,21 +76,21 @@ class Conv2dAddReLU(Conv2d):
 def conv2d(x: Tensor, w: Tensor, b: Tensor | None = None, stride: Pair = 1, padding: Pair = 0) -> Tensor:
     """Slide `w` over the zero-padded `x`.
 
-    x        (N, H, W, C), float32 or float64
-    w        (R, S, C, K)
+    x        (N, H, W, C), float32 or float64; or bfloat16, which float32 becomes under precision="bfloat16"
+    w        (R, S, C, K), of x's dtype, float32 beside bfloat16; so is b
     b        (K,) or None
     stride, padding  an integer, or one for height and one for width
     Returns (N, (H + 2 padding - R) // stride + 1, (W + 2 padding - S) // stride + 1, K).
     Raises ShapeError, DtypeError, DeviceError or ArgumentError for what does not fit.
     """
     stride, padding, _ = _check("conv2d", x, w, b, stride, padding)
-    return Conv2d.apply(x, w, b, stride=stride, padding=padding)
+    return Conv2d.apply(lowered(x), w, b, stride=stride, padding=padding)
 
 
 def conv2d_relu(x: Tensor, w: Tensor, b: Tensor, stride: Pair = 1, padding: Pair = 0) -> Tensor:
     """relu(conv2d(x, w, b)), with one pass over what the convolution gives; arguments and errors of `conv2d`."""
     stride, padding, _ = _check("conv2d_relu", x, w, b, stride, padding)
-    return Conv2dReLU.apply(x, w, b, stride=stride, padding=padding)
+    return Conv2dReLU.apply(lowered(x), w, b, stride=stride, padding=padding)
 
 
 def conv2d_add_relu(x: Tensor, residual: Tensor, w: Tensor, b: Tensor, stride: Pair = 1, padding: Pair = 0) -> Tensor:
@@ -90,9 +99,10 @@ def conv2d_add_relu(x: Tensor, residual: Tensor, w: Tensor, b: Tensor, stride: P
     `residual` is added as by `+`; in the same pass where it has the shape of the result. Otherwise as `conv2d_relu`.
     """
     op = "conv2d_add_relu"
-    checks.operands(op, x=x, residual=residual)
     stride, padding, shape = _check(op, x, w, b, stride, padding)
-    if residual.shape != shape:
+    x = lowered(x)
+    checks.mixed(op, x=x, residual=residual)
+    if residual.shape != shape or residual.dtype != x.dtype:
         return relu(add(Conv2d.apply(x, w, b, stride=stride, padding=padding), residual))
     return Conv2dAddReLU.apply(x, residual, w, b, stride=stride, padding=padding)
 
@@ -100,9 +110,9 @@ def conv2d_add_relu(x: Tensor, residual: Tensor, w: Tensor, b: Tensor, stride: P
 def _check(op, x, w, b, stride, padding):
     """Stride and padding as pairs, and the shape of the result."""
     if b is None and op == "conv2d":
-        checks.operands(op, x=x, w=w)
+        checks.beside(op, x=x, w=w)
     else:
-        checks.operands(op, x=x, w=w, b=b)
+        checks.beside(op, x=x, w=w, b=b)
     checks.rank(op, "x", x, "NHWC")
     checks.rank(op, "w", w, "RSCK")
     x_shape, w_shape = x.shape, w.shape

@@ -1,4 +1,7 @@
-"""Elementwise ops. Two operands broadcast as in NumPy; either may be a number, or an array of the other's dtype."""
+"""Elementwise ops. Two operands broadcast as in NumPy; either may be a number, or an array of the other's dtype.
+
+bfloat16 and float32 give float32.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ from tinyres.autograd import Function, Operand, Tensor
 from tinyres.backend import random
 from tinyres.errors import ShapeError
 from tinyres.ops import checks
+from tinyres.ops.cast import promoted
 
 
 def _operands(op, a, b):
     """`a` and `b` as Tensors that broadcast together: a number takes the other's dtype and device."""
     a, b = checks.tensors(op, a, b)
+    if a._data.dtype != b._data.dtype:
+        a, b = promoted(a, b)
     checks.operands(op, a=a, b=b)
     if a._data.shape != b._data.shape:
         try:
@@ -220,7 +226,7 @@ def maximum(a: Operand, b: Operand) -> Tensor:
 
 
 def neg(x: Tensor) -> Tensor:
-    """-x. Raises DtypeError unless x is a float32 or float64 Tensor, as do the ops below."""
+    """-x. Raises DtypeError unless x is a Tensor of floats, as do the ops below."""
     checks.operands("neg", x=x)
     return Neg.apply(x)
 

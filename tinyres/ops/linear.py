@@ -8,6 +8,7 @@ from tinyres.autograd import Function, Tensor
 from tinyres.backend import Array
 from tinyres.errors import ShapeError, fail
 from tinyres.ops import checks
+from tinyres.ops.cast import lowered, promoted, widened
 
 
 class MatMul(Function):
@@ -27,23 +28,26 @@ class Linear(Function):
     fresh_gradients = True
 
     def forward(self, x, w, b):
+        w = self.kernels.cast(w, x.dtype)  # as in conv2d.py
         self.saved = x, w
         y = self.kernels.matmul(x, w)
-        return y if b is None else self.kernels.accumulate(y, b)
+        return y if b is None else self.kernels.accumulate(y, self.kernels.cast(b, x.dtype))
 
     def backward(self, dy):
         k, (x, w) = self.kernels, self.saved
         dx = k.matmul(dy, w, transpose_b=True) if self.needs[0] else None
-        dw = k.matmul(x, dy, transpose_a=True) if self.needs[1] else None
+        dy = widened(k, dy)
+        dw = k.matmul(widened(k, x), dy, transpose_a=True) if self.needs[1] else None
         return dx, dw, k.sum(dy, (0,), False) if self.needs[2] else None
 
 
 def matmul(a: Tensor | Array, b: Tensor | Array) -> Tensor:
     """a @ b for a (..., M, K) and b (..., K, N); leading axes broadcast. Raises ShapeError where they do not fit.
 
-    One of them may be an array of the other's dtype.
+    One of them may be an array of the other's dtype. Under precision="bfloat16" what is float32 is rounded to it.
     """
-    a, b = checks.tensors("matmul", a, b)
+    a, b = map(lowered, checks.tensors("matmul", a, b))
+    a, b = promoted(a, b)
     checks.operands("matmul", a=a, b=b)
     if a.ndim < 2 or b.ndim < 2:
         fail("matmul", "operands must have at least two axes", a=a.shape, b=b.shape)
@@ -58,15 +62,18 @@ def matmul(a: Tensor | Array, b: Tensor | Array) -> Tensor:
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """x @ w + b for x (N, in), w (in, out), b (out,) or None: (N, out). Raises ShapeError where they do not fit."""
+    """x @ w + b for x (N, in), w (in, out), b (out,) or None: (N, out). Raises ShapeError where they do not fit.
+
+    dtypes as in `conv2d`.
+    """
     if b is None:
-        checks.operands("linear", x=x, w=w)
+        checks.beside("linear", x=x, w=w)
     else:
-        checks.operands("linear", x=x, w=w, b=b)
+        checks.beside("linear", x=x, w=w, b=b)
     checks.rank("linear", "x", x, ("N", "in"))
     checks.rank("linear", "w", w, ("in", "out"))
     if x.shape[1] != w.shape[0]:
         fail("linear", "columns of x and rows of w must agree", x=x.shape, w=w.shape)
     if b is not None and b.shape != w.shape[1:]:
         fail("linear", "b must be (out,)", w=w.shape, b=b.shape)
-    return Linear.apply(x, w, b)
+    return Linear.apply(lowered(x), w, b)

@@ -11,6 +11,7 @@ from tinyres.autograd import Function, Tensor
 from tinyres.backend import Array
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, expect
 from tinyres.ops import checks
+from tinyres.ops.cast import widened
 
 
 class CrossEntropy(Function):
@@ -22,13 +23,14 @@ class CrossEntropy(Function):
         return loss
 
     def backward(self, dy):
-        return self.kernels.mul(self.saved, dy)
+        k = self.kernels  # dy is a loss's, float32 beside bfloat16 logits
+        return k.cast(k.mul(widened(k, self.saved), dy), self.saved.dtype)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor | Array | Sequence[int], label_smoothing: float = 0.0) -> Tensor:
     """The mean over N of -sum_k target_k log softmax(logits)_k.
 
-    logits  (N, K)
+    logits  (N, K); bfloat16 ones too give a float32 loss
     labels  (N,) integers in 0 .. K-1: list, NumPy array, or array or Tensor of the logits' device. On a GPU labels
             that lie there already are trusted, as to look at them is to wait: one out of range makes the loss NaN
     label_smoothing  e in [0, 1]: the target is 1 - e + e/K at the label and e/K elsewhere

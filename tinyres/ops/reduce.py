@@ -7,8 +7,10 @@ import math
 import numpy as np
 
 from tinyres.autograd import Axis, Function, Tensor
+from tinyres.dtypes import is_bfloat16
 from tinyres.errors import expect
 from tinyres.ops import checks
+from tinyres.ops.cast import cast
 
 
 def _kept(shape, axes):
@@ -65,7 +67,10 @@ def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     checks.operands("mean", x=x)
     axes = checks.axes("mean", axis, x.ndim)
     expect(all(x.shape[i] for i in axes), "mean", "the reduced axes must not be empty", x=x.shape, axes=axes)
-    return Mean.apply(x, axes=axes, keepdims=checks.flag("mean", "keepdims", keepdims))
+    keepdims = checks.flag("mean", "keepdims", keepdims)
+    if is_bfloat16(x.dtype):  # which cannot tell 257 elements from 256
+        return cast(Mean.apply(cast(x, "float32"), axes=axes, keepdims=keepdims), "bfloat16")
+    return Mean.apply(x, axes=axes, keepdims=keepdims)
 
 
 def max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:

@@ -1,28 +1,11 @@
-// Conversions of bfloat16.
+// Conversions by element type; those of bfloat16 itself: bf16.h of csrc.
 #pragma once
-
-#include <cstring>
 
 #include "../../bf16.h"
 
 namespace tinyres {
 
 __host__ __device__ inline float to_float(float x) { return x; }
-
-__host__ __device__ inline float to_float(bf16 x) {
-  const u32 bits = u32(x.bits) << 16;
-  float y;
-  memcpy(&y, &bits, sizeof y);
-  return y;
-}
-
-// Rounds to the nearest, ties to even; every NaN becomes 0x7fff, as the GPU's own conversion has it.
-__host__ __device__ inline bf16 to_bf16(float x) {
-  u32 bits;
-  memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{0x7fff};
-  return bf16{std::uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
-}
 
 template <class T>
 __host__ __device__ T from_float(float x);
