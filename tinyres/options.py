@@ -14,7 +14,7 @@ from typing import Any
 from tinyres import _cpu
 from tinyres.errors import ArgumentError, expect
 
-CONV = ("auto", "naive", "direct", "tiled", "winograd")
+CONV = ("auto", "naive", "direct", "tiled", "winograd", "mma")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,9 @@ class Options:
     """conv     how convolutions are computed: naive (the readable loops), direct (blocked and vectorised; cpu),
              winograd (a quarter of the products for 3x3 windows at stride 1 in float32, docs/winograd.md; direct for
              all others, and always in float64, so that gradient checks stay sharp; cpu), tiled (a matrix product
-             through shared memory; emulated, cuda), or auto: the fastest that the device has for the shape and dtype
+             through shared memory; emulated, cuda), mma (the same on tensor cores, with operands of float32 rounded to
+             tf32's 11 bits; tiled in float64; emulated, cuda), or auto: the fastest that the device has for the shape
+             and dtype without rounding operands
     threads  CPU threads; None is OMP_NUM_THREADS where set, else every CPU that this process may use
     """
 
