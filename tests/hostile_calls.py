@@ -412,7 +412,7 @@ def _raw_conv_weight(d):
     return {**arrays, **geometry, "algorithm": d.pick(_ALGORITHMS)}
 
 
-_ALGORITHMS = ("auto", "naive", "direct", "tiled", "winograd", "mma")
+_ALGORITHMS = ("auto", "naive", "direct", "tiled", "winograd")
 
 
 def _pools(forward, argmax):

@@ -5,6 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import tinyres
 from op_case import DEVICES
 from tinyres import backend
 
@@ -36,9 +37,15 @@ if "emulated" in DEVICES:
         arrays, doubles = _draw((3, 5, 8), (5, 8))
         _close(getattr(kernels, name)(*arrays), getattr(reference, name)(*doubles), BF16)
 
+    @pytest.mark.parametrize("algorithm", kernels.extension.conv_algorithms)
     @pytest.mark.parametrize("stride", ((1, 1), (2, 1)))
-    def test_convolution(stride):
-        (x, w), doubles = _draw((2, 7, 6, 5), (3, 3, 5, 9))
+    @pytest.mark.parametrize("C, K", ((5, 9), (16, 40)))
+    def test_convolution(C, K, stride, algorithm):
+        with tinyres.options(conv=algorithm):
+            convolution(C, K, stride)
+
+    def convolution(C, K, stride):
+        (x, w), doubles = _draw((2, 7, 6, C), (3, 3, C, K))
         y = reference.conv2d_forward(*doubles, stride, (1, 1))
         _close(kernels.conv2d_forward(x, w, stride, (1, 1)), y, BF16)
         (dy,), (dy64,) = _draw(y.shape)

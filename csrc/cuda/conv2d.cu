@@ -29,9 +29,9 @@ constexpr int SHORTEST_PART = 128;  // pixels, of the weight gradient
 
 // What `automatic` means, and what mma means where there are no tensor cores for the type.
 //
-//   float    tiled    float32 to the last bit; mma, ten times as fast, rounds the operands to tf32's 11 bits
-//   bf16     mma      the operands have 8 bits as they are
-//   double   tiled    also when mma is asked for
+//   float    tiled    products of float32 as it is; mma would round the operands to tf32's 11 bits
+//   bf16     mma      exact products, since the operands have 8 bits
+//   double   tiled    also where mma is asked for
 template <class T>
 constexpr bool HAS_MMA = sizeof(T) <= 4;
 
@@ -50,18 +50,17 @@ __global__ void naive_forward(T* __restrict__ y, const T* __restrict__ x, const 
   if (i >= i64(s.N) * s.P * s.Q * s.K) return;
   const int pixel = int(i / s.K), k = int(i % s.K);
   const int n = pixel / s.Q / s.P, p = pixel / s.Q % s.P, q = pixel % s.Q;
-  Wide<T> sum[1] = {0};
+  Wide<T> sum = 0;
   for (int r = 0; r < s.R; r++) {
     for (int u = 0; u < s.S; u++) {
       const int h = p * s.stride_h + r - s.pad_h, v = q * s.stride_w + u - s.pad_w;
       if (!within(h, s.H) || !within(v, s.W)) continue;
       const T* from = x + i64((n * s.H + h) * s.W + v) * s.C;
       const T* tap = w + (r * s.S + u) * s.C * s.K + k;
-      for (int c = 0; c < s.C; c++) sum[0] += wide(from[c]) * wide(tap[c * s.K]);
+      for (int c = 0; c < s.C; c++) sum += wide(from[c]) * wide(tap[c * s.K]);
     }
   }
-  finish(sum, epilogue, i, k);
-  y[i] = narrow<T>(sum[0]);
+  y[i] = narrow<T>(finish(sum, epilogue, i, k));
 }
 
 // x[h] met w[r] in y[p] where p * stride + r = h + pad: only where the stride divides h + pad - r.
@@ -310,11 +309,8 @@ __global__ void __launch_bounds__(THREADS<WIDTH>)
     const int p = o.rows.begin + output.mid * o.rows.step, q = o.columns.begin + output.low * o.columns.step;
     const i64 place = i64((output.high * o.P + p) * o.Q + q) * o.K + k;
 #pragma unroll
-    for (int j = 0; j < COLUMNS; j++) {
-      Wide<T> one[1] = {sum[i][j]};
-      if (k + j < o.K) finish(one, epilogue, place + j, k + j);
-      sum[i][j] = one[0];
-    }
+    for (int j = 0; j < COLUMNS; j++)
+      if (k + j < o.K) sum[i][j] = finish(sum[i][j], epilogue, place + j, k + j);
     store<VECTOR>(y + place, sum[i], o.K - k);
     output.advance({0, 0, 1}, o.rows.outputs, o.columns.outputs);
   }

@@ -5,12 +5,11 @@
 // cores finish a step in about the time that shared memory takes to feed them, so that a warp's part decides: with 64 x
 // 32 sums it reads 4 + 2 fragments for 8 products of them. Per step a block brings DEPTH of the summed positions, 64
 // bytes a line, by cp.async: straight from global to shared memory, past the registers, zeros for what lies outside of
-// an image. STAGES such steps are on their way or in use at once.
+// an image. There is room for STAGES such steps, in a ring:
 //
-//     stage      0        1        2        3        0        1
-//     copied   +-------------------------+
-//                       +-------------------------+              a copy has three steps' time to arrive
-//     multiplied                          +------+
+//     step                         0    1    2    3    4   ...
+//     multiplies what stage has    0    1    2    3    0
+//     begins to copy to stage      3    0    1    2    3        what is needed three steps later
 //
 // Operands lie in shared memory as they do in global memory, in rows along the channels (or filters). Where the sum is
 // over these, that is [line][k], else [k][line], which fragments are loaded from across:
@@ -38,7 +37,16 @@ template <class T>
 constexpr int CHUNK = 16 / sizeof(T);  // elements that one copy moves
 
 // A block's tile: its warps stand DOWN by RIGHT, each with ROWS by COLUMNS fragments. BLOCKS of it are to share a
-// multiprocessor; that many fit into its shared memory, and the compiler keeps to their share of the registers.
+// multiprocessor: that many fit into the 227 KB of shared memory of an H200, and the compiler keeps to their share of
+// the registers.
+//
+//                 shared memory, KB, of
+//                 forward, input and weight gradient      registers a thread
+//     128 x 128   74   80   68                            up to 128
+//     128 x 64    58   60   52                            up to 168
+//     128 x 32    50   50   44                            up to 128
+//     128 x 16    46   45   40                            up to 128
+//     64 x 64     38   40   36                            up to 168
 template <int DOWN_, int RIGHT_, int ROWS_, int COLUMNS_, int BLOCKS_>
 struct Tile {
   static constexpr int DOWN = DOWN_, RIGHT = RIGHT_, ROWS = ROWS_, COLUMNS = COLUMNS_, BLOCKS = BLOCKS_;
@@ -49,10 +57,10 @@ using Tile128x128 = Tile<2, 4, 4, 2, 2>;
 using Tile128x64 = Tile<2, 2, 4, 2, 3>;
 using Tile128x32 = Tile<4, 1, 2, 2, 4>;
 using Tile128x16 = Tile<4, 1, 2, 1, 4>;
-using Tile64x64 = Tile<2, 2, 2, 2, 4>;
+using Tile64x64 = Tile<2, 2, 2, 2, 3>;
 
-// One stage of an operand in shared memory: LINES by DEPTH, [line][k] or [k][line], and the threads that bring it.
-// Thread t brings chunk t % CHUNKS of COUNT rows, which are STRIDE apart, from t / CHUNKS on.
+// One stage of an operand in shared memory: LINES by DEPTH, [line][k] or [k][line], and the threads that bring it: each
+// the same chunk of COUNT rows that are STRIDE apart.
 template <class T, int LINES, bool ACROSS_, int THREADS>
 struct Operand {
   static constexpr bool ACROSS = ACROSS_;
@@ -63,7 +71,12 @@ struct Operand {
   static constexpr int CHUNKS = LENGTH / CHUNK<T>, STRIDE = THREADS / CHUNKS, COUNT = (HEIGHT + STRIDE - 1) / STRIDE;
   static_assert(THREADS % CHUNKS == 0 && (STRIDE > HEIGHT || HEIGHT % STRIDE == 0));
 
-  static __device__ int row() { return int(threadIdx.x) / CHUNKS; }
+  // The thread's first row. Eight threads write at once. Where they have two rows of 64 bytes, 80 bytes from row to
+  // row, these share no bank if they are four apart: rows go 0 4 1 5 2 6 3 7.
+  static __device__ int row() {
+    const int i = int(threadIdx.x) / CHUNKS;
+    return ACROSS ? i : i / 8 * 8 + i % 2 * 4 + i / 2 % 4;
+  }
   static __device__ int column() { return int(threadIdx.x) % CHUNKS * CHUNK<T>; }
   // Whether the thread has anything to bring: there may be more threads than chunks.
   static __device__ bool takes_part() { return STRIDE <= HEIGHT || row() < HEIGHT; }
@@ -424,8 +437,7 @@ void launch_weight_gradient(const char* op, float* dw, const T* dy, const T* x, 
   const Scratch<float> partial(parts.count > 1 ? i64(parts.count) * n : 0);
   using Copier = PixelCopier<T, Tile, VECTOR>;
   launch(op, weight_gradient<T, Tile, VECTOR>, dim3(unsigned(i64(parts.count) * tiles)), dim3(Tile::THREADS),
-         STAGE_BYTES<Copier>, current_stream(),
-         parts.count > 1 ? partial.get() : dw, dy, x, s, parts.length);
+         STAGE_BYTES<Copier>, current_stream(), parts.count > 1 ? partial.get() : dw, dy, x, s, parts.length);
   if (parts.count > 1) launch_sum_parts(op, dw, partial.get(), parts.count, n);
 }
 

@@ -104,6 +104,13 @@ __device__ inline void finish(Wide<T> (&sum)[N], const Epilogue<T>& epilogue, i6
   for (int j = 0; j < N; j++) sum[j] = epilogue.relu && Wide<T>(0) > sum[j] ? Wide<T>(0) : sum[j];
 }
 
+template <class T>
+__device__ inline Wide<T> finish(Wide<T> sum, const Epilogue<T>& epilogue, i64 place, int k) {
+  Wide<T> one[1] = {sum};
+  finish(one, epilogue, place, k);
+  return one[0];
+}
+
 // Sums in parts ----------------------------------------------------------------------------------------------------
 
 // There are few weights and many pixels: `steps` over them are cut into `count` parts of up to `length`, each with its

@@ -1,6 +1,5 @@
 // The convolution kernels on tensor cores: every tile, with and without vectors.
 #include "conv2d_testing.h"
-#include "cuda/conv2d.cu"
 #include "cuda/conv2d_mma.cu"
 
 using namespace tinyres;
@@ -40,6 +39,24 @@ void test_tiles() {
   test_tile<T, mma::Tile64x64>();
 }
 
+template <class Operand>
+__global__ void place_chunks(int* offset) {
+  SHARED(stage, float[Operand::SIZE]);
+  offset[threadIdx.x] = int(Operand::place(stage, 0) - stage);
+}
+
+// Eight threads that write to shared memory at once meet all banks.
+template <bool ACROSS>
+void test_banks_of_copies() {
+  Array<int> offset(128);
+  go(place_chunks<mma::Operand<float, 64, ACROSS, 128>>, dim3(1), dim3(128), 0, offset.data());
+  for (int first = 0; first < 128; first += 8) {
+    u32 met = 0;
+    for (int i = 0; i < 32; i++) met |= 1u << (offset[first + i / 4] + i % 4) % 32;
+    CHECK(met == ~0u);
+  }
+}
+
 // Which tile a product gets: rows, columns, parts, and what is expected.
 void test_choice() {
   const struct {
@@ -58,11 +75,24 @@ void test_choice() {
                    [&](auto tile) { CHECK(tile.HEIGHT == p.height && tile.WIDTH == p.width); });
 }
 
+template <class T>
+Kernels<T> table() {
+  Kernels<T> k{};
+  k.conv2d_forward = [](T* y, const T* x, const T* w, const Epilogue<T>& epilogue, const Window& s, ConvAlgorithm) {
+    mma::forward("test", y, x, w, epilogue, shape_of("test", s));
+  };
+  k.conv2d_backward_input = [](T* dx, const T* dy, const T* w, const Window& s, ConvAlgorithm, bool add) {
+    mma::backward_input("test", dx, dy, w, shape_of("test", s), add);
+  };
+  k.conv2d_backward_weight = [](float* dw, const T* dy, const T* x, const Window& s, ConvAlgorithm) {
+    mma::backward_weight("test", dw, dy, x, shape_of("test", s));
+  };
+  return k;
+}
+
 // Channels and filters in whole chunks of either type, so that nothing takes the way around.
 template <class T>
 void test_chunks() {
-  Kernels<T> k{};
-  conv2d_kernels(k);
   const Window shapes[] = {
       //     N   H   W   C   K  R  S  stride pad
       window(2, 8, 9, 16, 16, 3, 3, 1, 1, 1, 1),    // five steps and more: each stage twice
@@ -73,20 +103,24 @@ void test_chunks() {
       window(5, 16, 16, 16, 8, 1, 1, 1, 1, 0, 0),   // parts of the pixels
   };
   unsigned seed = 0;
-  for (const Window& s : shapes) test_shape(k, {ConvAlgorithm::mma}, s, seed += 2);  // even: aligned
+  for (const Window& s : shapes) test_shape(table<T>(), {ConvAlgorithm::mma}, s, seed += 2);  // even: aligned
+}
+
+template <class T>
+void test_type() {
+  test_tiles<T>();
+  test_chunks<T>();
+  test_all(table<T>(), {ConvAlgorithm::mma});
 }
 
 }  // namespace
 
 int main() {
   test_choice();
-  test_tiles<float>();
-  test_tiles<bf16>();
-  test_chunks<float>();
-  test_chunks<bf16>();
-  test_all<float>({ConvAlgorithm::mma});
-  test_all<bf16>({ConvAlgorithm::mma});
-  test_all<double>({ConvAlgorithm::mma});  // tiled in its stead
+  test_banks_of_copies<false>();
+  test_banks_of_copies<true>();
+  test_type<float>();
+  test_type<bf16>();
   CHECK(scratch_blocks == 0);
   return report();
 }
