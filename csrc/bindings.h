@@ -42,7 +42,7 @@ constexpr i64 MAX_WINDOW = i64(1) << 20;
 
 constexpr const char* BINARY_NAMES[] = {"add", "sub", "mul", "div", "pow", "maximum"};
 constexpr const char* UNARY_NAMES[] = {"neg", "exp", "log", "sqrt", "sigmoid", "tanh", "relu"};
-constexpr const char* ALGORITHM_NAMES[] = {"auto", "naive", "direct", "tiled", "winograd"};
+constexpr const char* ALGORITHM_NAMES[] = {"auto", "naive", "direct", "tiled", "winograd", "mma"};
 
 // The sizes that an array must have: up to four given, or those of another array, or of a list.
 struct Shape {

@@ -56,8 +56,9 @@ struct RandomKey {
 };
 
 enum class Binary { add, sub, mul, div, pow, maximum };
-enum class Unary { neg, exp, log, sqrt, sigmoid, tanh, relu };           // backward from dy and y (see unary_backward)
-enum class ConvAlgorithm { automatic, naive, direct, tiled, winograd };  // direct and winograd: CPU, tiled: CUDA
+enum class Unary { neg, exp, log, sqrt, sigmoid, tanh, relu };  // backward from dy and y (see unary_backward)
+// direct and winograd: CPU; tiled and mma: CUDA.
+enum class ConvAlgorithm { automatic, naive, direct, tiled, winograd, mma };
 
 // What sums run in, and what is kept of statistics, parameters and weight gradients, where elements are T.
 template <class T>

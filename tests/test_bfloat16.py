@@ -5,6 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import tinyres
 from op_case import DEVICES
 from tinyres import backend
 from tinyres.backend import spec
@@ -116,6 +117,23 @@ def test_rounded_once(device, name):
         dtype = w.dtype if w.dtype.kind == "i" else np.dtype(np.float32) if i in spec.WIDE.get(name, ()) else BF16
         _close(d.numpy(g), w, dtype)
     assert [value.tobytes() if isinstance(value, np.ndarray) else None for value in CALLS[name]] == before
+
+
+@pytest.mark.parametrize("stride", ((1, 1), (2, 1)))
+@pytest.mark.parametrize("C, K", ((5, 9), (16, 40)))
+@pytest.mark.parametrize("algorithm", ("naive", "tiled", "mma"))
+@pytest.mark.skipif("emulated" not in DEVICES, reason="its kernels are not built")
+def test_every_convolution_rounds_once(algorithm, C, K, stride):
+    kernels = backend.get("emulated").kernels
+    x, w = _numbers(2, 7, 6, C), _numbers(3, 3, C, K)
+    with tinyres.options(conv=algorithm):
+        y = reference.conv2d_forward(_doubled(x), _doubled(w), stride, (1, 1))
+        dy = _numbers(*y.shape)
+        _close(kernels.conv2d_forward(x, w, stride, (1, 1)), y, BF16)
+        dx = reference.conv2d_backward_input(_doubled(dy), _doubled(w), x.shape, stride, (1, 1))
+        _close(kernels.conv2d_backward_input(dy, w, x.shape, stride, (1, 1)), dx, BF16)
+        dw = reference.conv2d_backward_weight(_doubled(dy), _doubled(x), w.shape, stride, (1, 1))
+        _close(kernels.conv2d_backward_weight(dy, x, w.shape, stride, (1, 1)), dw, np.dtype(np.float32))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EMULATION = {
     "compat_test": "tests/cuda/compat_test.cu",
     "emulation_test": "tests/cuda/emulation_test.cpp",
+    "fragments_test": "tests/cuda/fragments_test.cu",
     "planted_bugs": "tests/cuda/planted_bugs.cu",
 }
 KERNELS = {source.stem: f"tests/cuda/{source.stem}_test.cu" for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))}
@@ -138,7 +139,7 @@ def assert_clean(run, program, build, schedules):
 
 
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize("program", ["compat_test", "emulation_test"])
+@pytest.mark.parametrize("program", ["compat_test", "emulation_test", "fragments_test"])
 def test_program(run, program, build):
     assert_clean(run, program, build, SCHEDULES)
 

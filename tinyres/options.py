@@ -15,7 +15,7 @@ from tinyres import _cpu, dtypes
 from tinyres.errors import ArgumentError, expect
 
 PRECISION = ("float32", "tf32", "bfloat16")
-CONV = ("auto", "naive", "direct", "tiled", "winograd")
+CONV = ("auto", "naive", "direct", "tiled", "winograd", "mma")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Options:
     """conv     how convolutions are computed: naive (the readable loops), direct (blocked and vectorised; cpu),
              winograd (a quarter of the products for 3x3 windows at stride 1 in float32, docs/winograd.md; direct for
              all others, and always in float64, so that gradient checks stay sharp; cpu), tiled (a matrix product
-             through shared memory; emulated, cuda), or auto: the fastest that the device has for the shape and dtype
+             through shared memory; emulated, cuda), mma (the same on tensor cores, with operands of float32 rounded to
+             tf32; tiled in float64; emulated, cuda), or auto: the fastest that the device has for the shape, dtype and
+             precision
     precision  of what is float32 otherwise; float64 stays float64.
              tf32: convolutions may round what they multiply to 10 bits of mantissa, where the device has tensor cores
              (cuda, emulated); nothing changes elsewhere.

@@ -18,7 +18,8 @@
 // would with a padded x.
 //
 //   N batch, H W input size, C channels, K filters, R S window, P Q output size.
-#include "common.h"
+#include "conv2d_mma.h"
+#include "correlation.h"
 
 namespace tinyres {
 namespace {
@@ -26,36 +27,21 @@ namespace {
 constexpr int NAIVE_THREADS = 256;
 constexpr int SHORTEST_PART = 128;  // pixels, of the weight gradient
 
-// The window in 32-bit integers, which a GPU divides much faster.
-struct Shape {
-  int N, H, W, C, K, R, S, P, Q, stride_h, stride_w, pad_h, pad_w;
-};
+// What `automatic` means, and what mma means where there are no tensor cores for the type.
+//
+//   float    tiled    products of float32 as it is; mma would round the operands to tf32's 11 bits
+//   bf16     mma      exact products, since the operands have 8 bits
+//   double   tiled    also where mma is asked for
+template <class T>
+constexpr bool HAS_MMA = sizeof(T) <= 4;
 
-Shape shape_of(const char* op, const Window& s) {
-  for (const i64 count : {s.N * s.H * s.W, s.N * s.P * s.Q, s.R * s.S * s.C * s.K, s.R * s.S * max(s.C, s.K)})
-    if (count > 0x7fffffff)
-      throw std::invalid_argument("[" + std::string(op) +
-                                  "] pixels of x, pixels of y and elements of w must each be under 2^31; got " +
-                                  std::to_string(count));
-  return {int(s.N), int(s.H), int(s.W),        int(s.C),        int(s.K),     int(s.R),    int(s.S),
-          int(s.P), int(s.Q), int(s.stride_h), int(s.stride_w), int(s.pad_h), int(s.pad_w)};
+template <class T>
+ConvAlgorithm algorithm_for(ConvAlgorithm asked) {
+  if (asked == ConvAlgorithm::automatic) return sizeof(T) == 2 ? ConvAlgorithm::mma : ConvAlgorithm::tiled;
+  return asked == ConvAlgorithm::mma && !HAS_MMA<T> ? ConvAlgorithm::tiled : asked;
 }
-
-// ceil_div without 64-bit division and without overflow.
-__host__ __device__ constexpr int pieces(int n, int size) { return n / size + (n % size > 0); }
-
-// Whether i lies in [0, size).
-__device__ inline bool within(int i, int size) { return unsigned(i) < unsigned(size); }
 
 // naive ------------------------------------------------------------------------------------------------------------
-
-// The output of filter k at element `place` of y.
-template <class T>
-__device__ inline Wide<T> finish(Wide<T> sum, const Epilogue<T>& epilogue, i64 place, int k) {
-  if (epilogue.bias) sum += wide(epilogue.bias[k]);
-  if (epilogue.residual) sum += wide(epilogue.residual[place]);
-  return epilogue.relu && Wide<T>(0) > sum ? Wide<T>(0) : sum;
-}
 
 template <class T>
 __global__ void naive_forward(T* __restrict__ y, const T* __restrict__ x, const T* __restrict__ w, Epilogue<T> epilogue,
@@ -100,7 +86,7 @@ __global__ void naive_backward_input(T* __restrict__ dx, const T* __restrict__ d
   dx[i] = narrow<T>(sum);
 }
 
-// There are few weights and many pixels: the rows of y are cut into parts, each with its own copy of dw.
+// The rows of y are cut into parts.
 template <class T>
 __global__ void naive_backward_weight(Wide<T>* __restrict__ dw, const T* __restrict__ dy, const T* __restrict__ x,
                                       Shape s, int part_rows) {
@@ -173,20 +159,6 @@ __device__ inline void store(T* to, const Wide<T> (&sum)[4], int count) {
   }
 }
 
-// A number of three digits that counts up without division: row, column and channel of a tap, or image, row and
-// column of a pixel.
-struct Digits {
-  int high, mid, low;
-
-  __device__ void advance(const Digits& by, int mids, int lows) {
-    low += by.low, mid += by.mid, high += by.high;
-    if (low >= lows) low -= lows, mid++;
-    if (mid >= mids) mid -= mids, high++;
-  }
-};
-
-__device__ inline Digits digits(int i, int mids, int lows) { return {i / lows / mids, i / lows % mids, i % lows}; }
-
 // The first of a thread's ROWS by COLUMNS outputs in a tile. Threads are numbered along squares of two by two, so that
 // each asks shared memory for the same quad as the next thread or the next but one: such reads are served together.
 template <int WIDTH>
@@ -242,45 +214,6 @@ bool in_quads(const T* p, int length) {
 }
 
 // tiled: forward and input gradient ---------------------------------------------------------------------------------
-
-// One axis of a correlation. Output i meets tap j, j < taps, in input `input + i * stride + j * turn`. In the array
-// that is output `begin + i * step` and tap `first + j * every`.
-struct Axis {
-  int outputs, begin, step;
-  int taps, first, every;
-  int input, stride, turn;
-};
-
-__device__ inline Axis forward_axis(int P, int R, int stride, int pad) { return {P, 0, 1, R, 0, 1, -pad, stride, 1}; }
-
-// x[h] met w[r] in y[p] where p * stride + r = h + pad. Write h + pad = stride * i + a and r = stride * j + a, with
-// 0 <= a < stride: then p = i - j. So the inputs of one class a are a correlation of stride 1 of dy with the taps of
-// that class, and no tap is visited in vain. A class without taps (stride > window) sums nothing and writes zeros.
-__device__ inline Axis backward_axis(int H, int R, int stride, int pad, int a) {
-  const int i = pieces(pad > a ? pad - a : 0, stride), h = stride * i + a - pad;  // the first inside the image
-  return {h < H ? pieces(H - h, stride) : 0, h, stride, a < R ? pieces(R - a, stride) : 0, a, stride, i, 1, -1};
-}
-
-// y (N, P, Q, K) from x (N, H, W, C), whose weight for window column s of S, channel c and filter k lies
-// tap * w_tap + c * w_channel + k * w_filter into w.
-struct Correlation {
-  Axis rows, columns;
-  int N, H, W, C, P, Q, K, S, w_tap, w_channel, w_filter;
-  __device__ int outputs() const { return N * rows.outputs * columns.outputs; }
-  __device__ int depth() const { return rows.taps * columns.taps * C; }
-};
-
-__device__ inline Correlation forward_correlation(const Shape& s) {
-  const Axis rows = forward_axis(s.P, s.R, s.stride_h, s.pad_h), columns = forward_axis(s.Q, s.S, s.stride_w, s.pad_w);
-  return {rows, columns, s.N, s.H, s.W, s.C, s.P, s.Q, s.K, s.S, s.C * s.K, s.K, 1};
-}
-
-// dx from dy: x and y change places, and so do channels and filters.
-__device__ inline Correlation backward_correlation(const Shape& s, int class_h, int class_w) {
-  const Axis rows = backward_axis(s.H, s.R, s.stride_h, s.pad_h, class_h);
-  const Axis columns = backward_axis(s.W, s.S, s.stride_w, s.pad_w, class_w);
-  return {rows, columns, s.N, s.P, s.Q, s.K, s.H, s.W, s.C, s.S, s.C * s.K, 1, s.K};
-}
 
 // Gathers tiles of the pixels that taps meet, and of weights. A thread loads the same four of every DEPTH positions
 // (tap, channel) for all its rows, so that it follows one tap only, and each of its pixels is found once. Rows and
@@ -405,6 +338,9 @@ void conv2d_forward(T* y, const T* x, const T* w, const Epilogue<T>& epilogue, c
   const Shape s = shape_of(op, window);
   const i64 n = i64(s.N) * s.P * s.Q * s.K;
   if (n == 0) return;
+  algorithm = algorithm_for<T>(algorithm);
+  if constexpr (HAS_MMA<T>)
+    if (algorithm == ConvAlgorithm::mma) return mma::forward(op, y, x, w, epilogue, s);
   if (algorithm == ConvAlgorithm::naive)
     launch(op, naive_forward<T>, dim3(unsigned(ceil_div(n, NAIVE_THREADS))), dim3(NAIVE_THREADS), 0, current_stream(),
            y, x, w, epilogue, s);
@@ -418,6 +354,9 @@ void conv2d_backward_input(T* dx, const T* dy, const T* w, const Window& window,
   const Shape s = shape_of(op, window);
   const i64 n = i64(s.N) * s.H * s.W * s.C;
   if (n == 0) return;
+  algorithm = algorithm_for<T>(algorithm);
+  if constexpr (HAS_MMA<T>)
+    if (algorithm == ConvAlgorithm::mma) return mma::backward_input(op, dx, dy, w, s, add);
   if (algorithm == ConvAlgorithm::naive)
     launch(op, naive_backward_input<T>, dim3(unsigned(ceil_div(n, NAIVE_THREADS))), dim3(NAIVE_THREADS), 0,
            current_stream(), dx, dy, w, s, add);
@@ -513,56 +452,34 @@ __global__ void __launch_bounds__(THREADS<WIDTH>)
   }
 }
 
-constexpr int SUM_COLUMNS = 32, SUM_LANES = 8;
-
-// dw[i] = the sum of partial[part][i] over all parts: by up to SUM_LANES threads, which take turns, then by one.
-template <class T>
-__global__ void sum_parts(T* __restrict__ dw, const T* __restrict__ partial, int parts, int n) {
-  SHARED(sums, T[SUM_LANES][SUM_COLUMNS]);
-  const int column = int(threadIdx.x), lane = int(threadIdx.y), lanes = int(blockDim.y);
-  const i64 i = i64(blockIdx.x) * SUM_COLUMNS + column;
-  T sum = 0;
-  if (i < n) {
-#pragma unroll 8
-    for (int part = lane; part < parts; part += lanes) sum += partial[i64(part) * n + i];
-  }
-  sums[lane][column] = sum;
-  __syncthreads();
-  if (lane != 0 || i >= n) return;
-  for (int other = 1; other < lanes; other++) sum += sums[other][column];
-  dw[i] = sum;
-}
-
 template <class T>
 void conv2d_backward_weight(Wide<T>* dw, const T* dy, const T* x, const Window& window, ConvAlgorithm algorithm) {
   const char* op = "conv2d_backward_weight";
   const Shape s = shape_of(op, window);
   const int n = s.R * s.S * s.C * s.K, pixels = s.N * s.P * s.Q;
   if (n == 0) return;
+  algorithm = algorithm_for<T>(algorithm);
+  if constexpr (HAS_MMA<T>)
+    if (algorithm == ConvAlgorithm::mma) return mma::backward_weight(op, dw, dy, x, s);
   const bool naive = algorithm == ConvAlgorithm::naive;
   const int width = tile_width(s.K), threads = naive ? NAIVE_THREADS : HEIGHT * width / (ROWS * COLUMNS);
   const int blocks = naive ? pieces(n, threads) : pieces(s.R * s.S * s.C, HEIGHT) * pieces(s.K, width);
 
-  // The pixels, in steps of a row or of DEPTH, are cut into parts with `blocks` blocks each, until there are threads
-  // enough for a large GPU (naive ones do a 32nd of the work), or parts so short that storing their sums would show.
+  // The steps are rows or DEPTH pixels. Parts, with `blocks` blocks each, until there are threads enough for a large
+  // GPU (naive ones do a 32nd of the work), or parts so short that storing their sums would show.
   const i64 wanted = (naive ? 1 << 18 : 1 << 15) / (i64(blocks) * threads);
-  const int steps = naive ? s.N * s.P : pieces(pixels, DEPTH);
-  const int part_steps = max(1, int(ceil_div(steps, max(i64(1), min(wanted, i64(pixels / SHORTEST_PART))))));
-  const int parts = max(1, pieces(steps, part_steps));
-  Scratch<Wide<T>> partial(parts > 1 ? i64(parts) * n : 0);
-  Wide<T>* to = parts > 1 ? partial.get() : dw;
+  const Parts parts = cut(naive ? s.N * s.P : pieces(pixels, DEPTH), min(wanted, i64(pixels / SHORTEST_PART)));
+  Scratch<Wide<T>> partial(parts.count > 1 ? i64(parts.count) * n : 0);
+  Wide<T>* to = parts.count > 1 ? partial.get() : dw;
 
   const bool quads = in_quads(x, s.C) && in_quads(dy, s.K) && in_quads(to, s.K);
   const auto kernel = naive         ? naive_backward_weight<T>
                       : width == 64 ? (quads ? tiled_backward_weight<T, 64, 4> : tiled_backward_weight<T, 64, 1>)
                       : width == 32 ? (quads ? tiled_backward_weight<T, 32, 4> : tiled_backward_weight<T, 32, 1>)
                                     : (quads ? tiled_backward_weight<T, 16, 4> : tiled_backward_weight<T, 16, 1>);
-  launch(op, kernel, dim3(unsigned(i64(parts) * blocks)), dim3(unsigned(threads)), 0, current_stream(), to, dy, x, s,
-         part_steps);
-  if (parts > 1)
-    launch(op, sum_parts<Wide<T>>, dim3(unsigned(ceil_div(n, SUM_COLUMNS))),
-           dim3(SUM_COLUMNS, unsigned(min(SUM_LANES, pieces(parts, 4)))), 0, current_stream(), dw, partial.get(), parts,
-           n);
+  launch(op, kernel, dim3(unsigned(i64(parts.count) * blocks)), dim3(unsigned(threads)), 0, current_stream(), to, dy, x,
+         s, parts.length);
+  if (parts.count > 1) launch_sum_parts(op, dw, partial.get(), parts.count, n);
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 """Convolution: the shape grid, random geometries, every algorithm of every device, exactness on integers."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -18,6 +19,8 @@ def _algorithms(device):
 
 
 ALGORITHMS = [(device, algorithm) for device in DEVICES for algorithm in _algorithms(device)]
+FULL_FLOAT32 = [(device, algorithm) for device, algorithm in ALGORITHMS if algorithm != "mma"]  # operands as they are
+MMA = [device for device, algorithm in ALGORITHMS if algorithm == "mma"]
 
 
 def _reduction(g):
@@ -81,7 +84,7 @@ CASES = [
 test_cases = checks_of(CASES)
 
 
-@pytest.mark.parametrize("device, algorithm", ALGORITHMS)
+@pytest.mark.parametrize("device, algorithm", FULL_FLOAT32)
 @pytest.mark.parametrize("check", (matches_reference, matches_differences), ids=lambda check: check.__name__)
 @pytest.mark.parametrize("reason", ("primes, sides differ", "3x3 stride 2, odd size", "filters over two vectors"))
 def test_each_algorithm(reason, check, device, algorithm, monkeypatch):
@@ -192,14 +195,18 @@ def test_each_way_to_break_a_geometry_raises(device, how):
         ops.conv2d(x, w, None, stride, padding)
 
 
-@pytest.mark.parametrize("device, algorithm", ALGORITHMS)
-@pytest.mark.parametrize(
-    "shape", ((2, 32, 32, 16, 16, 1), (2, 32, 32, 16, 32, 2), (3, 8, 8, 64, 64, 1), (5, 32, 32, 3, 16, 1))
-)
+NETWORKS = ((2, 32, 32, 16, 16, 1), (2, 32, 32, 16, 32, 2), (3, 8, 8, 64, 64, 1), (5, 32, 32, 3, 16, 1))
+
+
+def _layer(N, H, W, C, K, stride):
+    return Geometry(N, H, W, C, K, 3, 3, (stride, stride), (1, 1))
+
+
+@pytest.mark.parametrize("device, algorithm", FULL_FLOAT32)
+@pytest.mark.parametrize("shape", NETWORKS)
 def test_layers_of_the_networks(shape, algorithm, device, rng):
     """The real sizes, which run through every tile and chunk, against float64."""
-    N, H, W, C, K, stride = shape
-    g = Geometry(N, H, W, C, K, 3, 3, (stride, stride), (1, 1))
+    g = _layer(*shape)
     arrays = [rng.standard_normal(s).astype(np.float32) for s in (g.x, g.w, g.y)]
     want = _all_three(*(a.astype(np.float64) for a in arrays), g, "reference")
     with tinyres.options(conv=algorithm):
@@ -207,6 +214,41 @@ def test_layers_of_the_networks(shape, algorithm, device, rng):
     for name, result, expected in zip(("y", "dx", "dw"), got, want, strict=True):
         assert_close(result, expected, _reduction(g), name)
     assert all(a.dtype == np.float32 for a in got)
+
+
+TF32 = 2.0**-11  # half a step: what an operand's rounding may change
+
+
+@pytest.mark.parametrize("device", MMA)
+@pytest.mark.parametrize("shape", NETWORKS)
+def test_tensor_cores_round_operands_to_tf32_and_nothing_else(shape, device, rng):
+    """In float32: within what rounding both operands can do to the sum of the products' magnitudes, and no nearer than
+    rounding makes it. Operands that tf32 holds give float32's accuracy, float64 its own bits."""
+    g = _layer(*shape)
+    arrays = [rng.standard_normal(s).astype(np.float32) for s in (g.x, g.w, g.y)]
+    held = [a.astype(ml_dtypes.bfloat16).astype(np.float32) for a in arrays]  # so does tf32 hold what bfloat16 does
+    bounds = _all_three(*(np.abs(a.astype(np.float64)) for a in arrays), g, "reference")
+    with tinyres.options(conv="mma"):
+        rounded, exact = (_all_three(*operands, g, device) for operands in (arrays, held))
+    wanted = (_all_three(*(a.astype(np.float64) for a in operands), g, "reference") for operands in (arrays, held))
+    for got, want, bound, name in zip(rounded, next(wanted), bounds, ("y", "dx", "dw"), strict=True):
+        error = np.abs(got - want)
+        assert (error <= (2 * TF32 + TF32**2 + _reduction(g) * 2.0**-24) * bound).all(), name
+        assert error.max() > TF32 / 16 * np.abs(want).max(), name
+    for got, want, name in zip(exact, next(wanted), ("y", "dx", "dw"), strict=True):
+        assert got.dtype == np.float32
+        assert_close(got, want, _reduction(g), name)
+
+
+@pytest.mark.parametrize("device", MMA)
+def test_tensor_cores_leave_float64_alone(device, rng):
+    g = CONVS["3x3 stride 2, odd size"]
+    arrays = [rng.standard_normal(s) for s in (g.x, g.w, g.y)]
+    results = []
+    for algorithm in ("mma", "tiled"):
+        with tinyres.options(conv=algorithm):
+            results.append([a.tobytes() for a in _all_three(*arrays, g, device)])
+    assert results[0] == results[1]
 
 
 LARGE = {
