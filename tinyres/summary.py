@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinyres import _cpu
-from tinyres.autograd import Tensor, _no_grad_depth, no_grad
+from tinyres.autograd import Tensor, _context, no_grad
 from tinyres.backend import Device, memory, random
 from tinyres.backend.adapter import Adapter
 from tinyres.errors import ArgumentError, DtypeError, expect
@@ -249,7 +249,7 @@ def _aside(model: Module, extension: _Extension) -> Iterator[Device]:
     def on_host(array):
         return array if isinstance(array, np.ndarray) else memory.empty(array.shape, array.dtype)
 
-    recording = _no_grad_depth.set(0)
+    recording = _context.set((0, ()))  # recorded and unobserved
     try:
         for p, data, *_ in leaves:
             p._data, p.device, p.grad, p._hooks = on_host(data), device, None, None
@@ -263,4 +263,4 @@ def _aside(model: Module, extension: _Extension) -> Iterator[Device]:
         for m, training, buffers, forward_hooks in modules:
             m.training, m._buffers, m._forward_hooks = training, buffers, forward_hooks
         random.set_state(draws)
-        _no_grad_depth.reset(recording)
+        _context.reset(recording)

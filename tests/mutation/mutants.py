@@ -61,7 +61,7 @@ PARTS = [
                 "pass",
             ),
             Mutant("the hook's gradient takes nobody's place", "            gradient = changed\n", ""),
-            Mutant("no_grad ends for the outer block too", "_no_grad_depth.get() - 1", "0"),
+            Mutant("no_grad ends for the outer block too", "depth - 1, observers", "0, observers"),
             Mutant(
                 "the seed of a sweep is the caller's array",
                 "    return y.device.kernels.broadcast_to(y.device.asarray(gradient, y.dtype), y.shape)\n",
@@ -818,7 +818,7 @@ PARTS = [
             ),
             Mutant("the same crops in every epoch", "uniform(step, 3 * moves)", "uniform(position, 3 * moves)"),
             Mutant(
-                "order and crops from one stream", 'Stream(seed, "order"), Stream', 'Stream(seed, "augment"), Stream'
+                "order and crops from one stream", 'Stream(seed, "order"), random', 'Stream(seed, "augment"), random'
             ),
             Mutant(
                 "going back keeps the later order", "if self._order_of[0] != epoch:", "if self._order_of[0] < epoch:"
@@ -921,7 +921,7 @@ PARTS = [
                 "tests/test_recipes.py",
             ),
             Mutant("the line of the checkpoint's step lost", 'line["step"] <= step]', 'line["step"] < step]'),
-            Mutant("a resumed run draws anew", '            random.set_state(self.saved["random"])\n', ""),
+            Mutant("a resumed run draws anew", '{**loaders, "random": random.set_state}', "loaders"),
             Mutant(
                 "looking for the NaN moves the statistics", "            buffer[...] = before\n", "            pass\n"
             ),
