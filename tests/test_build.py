@@ -206,6 +206,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 @pytest.mark.filterwarnings("ignore:This process.*multi-threaded:DeprecationWarning")
 def test_the_pool_survives_a_fork():
+    assert _cpu.threads() == _cpu.default_threads()  # which is kept, but not for the child
     _cpu.set_threads(4)
     assert large_sum()  # the parent has workers, which the child does not inherit
     child = os.fork()

@@ -37,6 +37,14 @@ def test_sizes_of_the_variants():
     assert size(plain=True) == 269_722
 
 
+@pytest.mark.parametrize("shortcut, activated", [("A", False), ("B", True)])
+def test_what_a_shortcut_sees_of_a_pre_activation(shortcut, activated):
+    """A projection gets the activated x, zero padding x itself; the first unit's input is activated already."""
+    model = models.cifar_resnet(8, shortcut, unit="full_preactivation")
+    units = [module for module in model if isinstance(module, nn.Residual)]
+    assert [unit.pre is not None for unit in units] == [False, activated, activated]
+
+
 # The ImageNet networks with option B and the stride in the first 1x1: parameters, multiply-adds in millions.
 IMAGENET = {
     18: (11_689_512, 1_814.07),

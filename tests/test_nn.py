@@ -153,6 +153,8 @@ def test_layers_call_their_ops():
     mean = x.numpy().reshape(-1, 3).mean(0)
     assert np.allclose(norm.running_mean, 0.1 * mean, atol=1e-6)
     assert norm.eval()(x).shape == x.shape
+    dropout = nn.Dropout(0.5)
+    assert (dropout(x).numpy() == 0).any() and dropout.eval()(x) is x
 
 
 @pytest.mark.parametrize(

@@ -953,9 +953,9 @@ PARTS = [
             ),
             Mutant("dropout in evaluation", "ops.dropout(x, self.p, self.training)", "ops.dropout(x, self.p, True)"),
             Mutant(
-                "groups in evaluation",
-                "if group is None or not self.training:",
-                "if group is None:",
+                "a last smaller group takes no part",
+                "range(0, images, group)]",
+                "range(0, images - group + 1, group)]",
                 "tests/test_recipes.py",
             ),
         ],
@@ -1007,7 +1007,7 @@ PARTS = [
     Part(
         "units",
         "tinyres/models/blocks.py",
-        "tests/test_models.py -k 'sizes or gradients or golden'",
+        "tests/test_models.py -k 'sizes or sees'",
         "tests/test_models.py tests/test_nn.py -k 'not emulated'",
         [
             Mutant(
