@@ -45,7 +45,7 @@ def test_integers_are_exact(reason, dtype, device, rng):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("M, K, N", ((131, 521, 67), (128, 512, 64), (3, 1300, 5)))
+@pytest.mark.parametrize("M, K, N", ((131, 521, 67), (128, 512, 64), (3, 2050, 5)))
 def test_sizes_over_a_cache_block(M, K, N, device, rng):
     """Larger than any tile, on all three axes, with rests and without."""
     a, b = rng.integers(-4, 5, (M, K)).astype(np.float32), rng.integers(-4, 5, (K, N)).astype(np.float32)
