@@ -701,7 +701,7 @@ PARTS = [
     Part(
         "augment, cpu",
         "csrc/cpu/augment.cpp",
-        "tests/test_data.py -k 'augment or batch'",
+        "tests/test_data.py -k function_of",
         "tests/test_data.py tests/test_cuda_device.py tests/test_hostile.py -k 'not emulated'",
         [
             Mutant("the mean is not flipped with the image", "T(mean[source + c])", "T(mean[w * C + c])"),
@@ -712,7 +712,7 @@ PARTS = [
     Part(
         "augment, cuda",
         "csrc/cuda/augment.cu",
-        "tests/test_cuda_device.py tests/test_data.py -k 'batches_are or emulated'",
+        "tests/test_data.py -k function_of",
         "tests/test_cuda.py -k 'kernels and augment'",
         [
             Mutant(

@@ -258,6 +258,10 @@ LARGE = {
     "a matrix product": Geometry(3, 9, 11, 100, 70, 1, 1),
     "a matrix product of every other pixel": Geometry(3, 13, 12, 100, 40, 1, 1, stride=(2, 2)),
     "few channels, wide window": Geometry(3, 30, 31, 3, 70, 7, 7, stride=(2, 2), padding=(3, 3)),
+    "many pixels: a task sums several lots, taken three taps at a time": Geometry(
+        10, 32, 32, 4, 6, 3, 3, padding=(1, 1)
+    ),
+    "many pixels, one tap at a time": Geometry(6, 32, 32, 5, 7, 2, 2),
     "few channels, padded column": Geometry(2, 30, 30, 4, 20, 5, 1, padding=(2, 1)),
 }
 

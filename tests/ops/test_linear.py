@@ -45,8 +45,9 @@ def test_integers_are_exact(reason, dtype, device, rng):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_sizes_over_a_cache_block(device, rng):
-    """Larger than any tile, on all three axes, with rests."""
-    a, b = rng.integers(-4, 5, (131, 521)).astype(np.float32), rng.integers(-4, 5, (521, 67)).astype(np.float32)
+@pytest.mark.parametrize("M, K, N", ((131, 521, 67), (128, 512, 64), (3, 2050, 5)))
+def test_sizes_over_a_cache_block(M, K, N, device, rng):
+    """Larger than any tile, on all three axes, with rests and without."""
+    a, b = rng.integers(-4, 5, (M, K)).astype(np.float32), rng.integers(-4, 5, (K, N)).astype(np.float32)
     y = ops.matmul(tinyres.tensor(a, device=device), tinyres.tensor(b, device=device))
     assert np.array_equal(y.numpy(), a @ b)
