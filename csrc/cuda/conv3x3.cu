@@ -1,0 +1,766 @@
+// 3x3 convolutions of 16, 32 or 64 channels, padding 1, stride 1 or 2, fused with what stands around them in a residual
+// block: batch norm, ReLU and the shortcut, forward and backward.
+//
+//   y[n, p, q, k] = sum over r, s, c of u[n, p * stride + r - 1, q * stride + s - 1, c] * w[r, s, c, k]
+//
+// Layers this narrow do little arithmetic for every byte, so the aim is to touch each array once. A pass of its own
+// over memory that batch norm would take is folded into its neighbours:
+//
+//   forward          u = relu(x * scale + shift) as x is loaded; statistics of y as it is stored
+//   backward_input   dy = a * dz + b * y + c as dz and y are loaded; ReLU's mask, the shortcut's gradient and the sums
+//                    for the next batch norm as dx is stored
+//   backward_weight  both transforms, as both operands are loaded
+//   block_output     relu(batch norm + shortcut), the one pass that is left
+//
+// Padding stays zero: it is no pixel of x, and batch norm and ReLU do not apply to it.
+//
+// Batch norm, with m = mean, r = inv_std and M pixels: u = gamma r (y - m) + beta = y * scale + shift. Its gradient
+// (Ioffe and Szegedy 2015, section 3), with the sums S = sum dz and D = sum dz (y - m), so dbeta = S, dgamma = r D, is
+//
+//   dy = gamma r (dz - S / M - (y - m) r r D / M) = a dz + b y + c,
+//   a = gamma r,  b = -a r dgamma / M,  c = -a dbeta / M - b m.
+//
+// y * scale + shift loses what y - m would keep only where |m| is so large that y itself, rounded when it was stored,
+// has lost as much. Every kernel works it out with the same fused multiply-add, so that backward finds the mask that
+// forward had.
+//
+// How a block works (convolve). It takes tiles of outputs, `pixels` of them: 8 rows by 32, 16 by 16, or several whole
+// images. The inputs that these meet, a border of one pixel included, are loaded once, transformed and laid in shared
+// memory as [pixel][channel]; there the nine taps are nine starting addresses for ldmatrix. The weights of all taps lie
+// beside them from the start. Rows of both are 16 bytes (across k: 8 elements) longer than their channels, so that no
+// load meets a bank twice (fragments.h); through stride 2, even columns lie before odd ones, so that the pixels of a
+// fragment stay neighbours. Backward is the same walk with the window turned round: the tile is of dy, and the weights
+// are read as [c][k], which is how they lie, instead of across. Through stride 2 an input meets only some taps: its
+// class, (row % 2, column % 2), decides which, and the tile is walked once for each of the four classes.
+//
+// What nvcc 13.0 makes of it and what it costs, bf16 (tf32), at a batch of 128:
+// COST_TABLE
+//
+// Sums over a whole tensor are left as one row a block (kernels.h) and added by every block that reads them. The number
+// of blocks is bounded so that the rows take 34 KB at most; read from the L2 cache by at most 264 blocks that is 9 MB
+// for 16 channels and 4.5 MB for more, under 2 us.
+//
+//   N batch, H W input size, C channels, K filters, P Q output size; `in` and `out` are as the product sees them: in
+//   backward_input, in is of dy and out of dx.
+#include <type_traits>
+
+#include "fragments.h"
+#include "join.h"
+#include "moments.h"
+
+namespace tinyres {
+namespace {
+
+constexpr int TAPS = 9, THREADS = 256, WARPS = THREADS / WARP;
+constexpr int MULTIPROCESSORS = 132;                // of an H100 or H200
+constexpr int ROW_CHANNELS = MULTIPROCESSORS * 32;  // channels of all rows together
+constexpr int SHARED_BYTES = 160 * 1024;            // of a block, dynamic; an A100 has 163 KB
+constexpr int SMALLEST_TILE = 32;                   // pixels: what a warp takes
+
+// ---- elements -----------------------------------------------------------------------------------------------------
+
+// What tiles hold: floats are rounded to tf32 as they are laid down.
+template <class T>
+using Cell = std::conditional_t<std::is_same_v<T, float>, tf32, T>;
+
+template <class T>
+__device__ inline Cell<T> cell(Wide<T> x) {
+  if constexpr (std::is_same_v<T, float>)
+    return tf32{to_tf32(x)};
+  else
+    return narrow<T>(x);
+}
+
+// Neighbouring channels, moved 16 bytes at once.
+template <class Element, int COUNT>
+struct alignas(16) Pack {
+  Element at[COUNT];
+};
+template <class T>
+constexpr int V = 16 / int(sizeof(T));
+
+template <class P, class T>
+__device__ inline P& pack_at(T* p) {
+  return *reinterpret_cast<P*>(p);
+}
+template <class P, class T>
+__device__ inline const P& pack_at(const T* p) {
+  return *reinterpret_cast<const P*>(p);
+}
+
+// Batch norm of one number: everywhere the same bits.
+template <class W>
+__device__ inline W affine(W x, W scale, W shift) {
+  return fma(x, scale, shift);
+}
+
+template <class W>
+__device__ inline W relu(W x) {
+  return 0 > x ? W(0) : x;  // NaN stays
+}
+
+__device__ inline bool within(int i, int size) { return unsigned(i) < unsigned(size); }
+
+__device__ inline int pieces(int n, int size) { return (n + size - 1) / size; }
+
+// ---- batch norm as it is loaded -----------------------------------------------------------------------------------
+
+template <class W>
+__device__ inline void set_affine(W& scale, W& shift, W gamma, W beta, W mean, W inv_std) {
+  scale = gamma * inv_std;
+  shift = fma(-mean, scale, beta);
+}
+
+// Of a set of rows, about an origin near their means: then nothing is lost by summing instead of merging.
+template <class W>
+struct RowSums {
+  W n, apart, m2;  // pixels; the sum of their distances from the origin, and of the squares
+
+  __device__ RowSums operator()(const RowSums& a, const RowSums& b) const {
+    return {a.n + b.n, a.apart + b.apart, a.m2 + b.m2};
+  }
+};
+
+// scale and shift (channels) for the channels from `first` on, of C; the whole block takes part. `publish`: this is the
+// block that keeps the statistics.
+template <class T, class W = Wide<T>>
+__device__ void load_batch_norm(W* scale, W* shift, const BatchNorm<T>& bn, int C, int first, int channels,
+                                bool publish) {
+  const int t = int(threadIdx.x), c = first + t % channels, lanes = THREADS / channels;
+  W mean = 0, inv_std = 0;
+  if (bn.row_count) {
+    const W origin = bn.rows[c];
+    RowSums<W> sums{};
+#pragma unroll 8
+    for (int row = t / channels; row < int(bn.row_count); row += lanes) {
+      const W n = bn.rows[2 * bn.row_count * C + row];
+      const W apart = bn.rows[2 * row * C + c] - origin, m2 = bn.rows[(2 * row + 1) * C + c];
+      sums = sums(sums, {n, n * apart, fma(n * apart, apart, m2)});
+    }
+    sums = join_threads(sums, channels, lanes, sums);
+    if (t < channels) {
+      const double n = sums.n, offset = sums.apart / n, m2 = sums.m2 - sums.apart * offset;
+      const double var = m2 < 0 ? 0 : m2 / n, mean64 = origin + offset;
+      mean = W(mean64), inv_std = W(1 / sqrt(var + bn.eps));
+      if (publish) {
+        bn.mean[c] = mean;
+        bn.inv_std[c] = inv_std;
+        const double old = 1 - bn.momentum, unbiased = n > 1 ? var * (n / (n - 1)) : var;
+        if (bn.running_mean) bn.running_mean[c] = W(old * double(bn.running_mean[c]) + bn.momentum * mean64);
+        if (bn.running_var) bn.running_var[c] = W(old * double(bn.running_var[c]) + bn.momentum * unbiased);
+      }
+    }
+  } else if (t < channels) {
+    mean = bn.mean[c], inv_std = bn.inv_std[c];
+  }
+  if (t < channels) set_affine(scale[t], shift[t], bn.gamma[c], bn.beta[c], mean, inv_std);
+}
+
+// a, b and c (channels) of dy = a dz + b y + c, likewise; M pixels of y.
+template <class T, class W = Wide<T>>
+__device__ void load_gradient(W* a, W* b, W* c, const BatchNormGradient<T>& bn, int C, int first, int channels, i64 M,
+                              bool publish) {
+  const int t = int(threadIdx.x), channel = first + t % channels, lanes = THREADS / channels;
+  const W mean = bn.mean[channel], inv_std = bn.inv_std[channel];
+  W dgamma = 0, dbeta = 0;
+  if (bn.row_count) {
+    Sums<W, 1> sums{};
+#pragma unroll 8
+    for (int row = t / channels; row < int(bn.row_count); row += lanes)
+      sums.merge({{bn.rows[2 * row * C + channel]}, {bn.rows[(2 * row + 1) * C + channel]}});
+    sums = join_threads(sums, channels, lanes, [](Sums<W, 1> x, const Sums<W, 1>& y) {
+      x.merge(y);
+      return x;
+    });
+    dgamma = sums.gx[0] * inv_std, dbeta = sums.g[0];
+    if (publish && t < channels) {
+      bn.dgamma[channel] = dgamma;
+      bn.dbeta[channel] = dbeta;
+    }
+  } else if (t < channels) {
+    dgamma = bn.dgamma[channel], dbeta = bn.dbeta[channel];
+  }
+  if (t >= channels) return;
+  a[t] = bn.gamma[channel] * inv_std;
+  b[t] = -a[t] * inv_std * (dgamma / W(M));
+  c[t] = fma(-b[t], mean, -a[t] * (dbeta / W(M)));
+}
+
+// Reads a pack of x (or of dz and y) and makes of it a pack of u (or of dy). Coefficients stand in shared memory:
+// scale and shift, or a, b and c, `channels` of each.
+template <class T, bool GRADIENT>
+class Loader {
+  using W = Wide<T>;
+
+ public:
+  struct Raw {
+    Pack<T, V<T>> x, y;
+  };
+
+  __device__ Loader(const T* x, const T* y, bool transforms, const W* coefficients, int channels, int channel)
+      : x_(x), y_(y), transforms_(transforms) {
+    if (!transforms) return;
+#pragma unroll
+    for (int v = 0; v < V<T>; v++) {
+      first_[v] = coefficients[channel + v];
+      second_[v] = coefficients[channels + channel + v];
+      if constexpr (GRADIENT) third_[v] = coefficients[2 * channels + channel + v];
+    }
+  }
+
+  __device__ Raw load(i64 at) const {
+    Raw raw;
+    raw.x = pack_at<Pack<T, V<T>>>(x_ + at);
+    if (GRADIENT && transforms_) raw.y = pack_at<Pack<T, V<T>>>(y_ + at);
+    return raw;
+  }
+
+  __device__ Pack<Cell<T>, V<T>> cells(const Raw& raw) const {
+    Pack<Cell<T>, V<T>> out;
+#pragma unroll
+    for (int v = 0; v < V<T>; v++) {
+      W value = wide(raw.x.at[v]);
+      if (transforms_) {
+        if constexpr (GRADIENT)
+          value = fma(first_[v], value, fma(second_[v], wide(raw.y.at[v]), third_[v]));
+        else
+          value = relu(affine(value, first_[v], second_[v]));
+      }
+      out.at[v] = cell<T>(value);
+    }
+    return out;
+  }
+
+ private:
+  const T *x_, *y_;
+  bool transforms_;
+  W first_[V<T>], second_[V<T>], third_[V<T>];
+};
+
+// ---- tiles --------------------------------------------------------------------------------------------------------
+
+// Where outputs, the inputs that they meet, and taps lie. Outputs are numbered in a grid for each class; without
+// classes that is the image.
+struct Geometry {
+  int N, H, W, P, Q;                  // images; inputs and outputs of one
+  int step, apart;                    // inputs between the centres of neighbours in the grid; outputs between them
+  int border;                         // inputs that stand before the first centre
+  int log_width, log_height, pixels;  // of a tile, in the grid; over all its images
+  int rows, columns, half, inputs;    // of a tile's inputs; where the odd columns begin; over all its images
+  int down, across, tiles;            // tiles of an image, and of all
+  u32 by_rows, by_columns;            // 2^20 / rows and 2^20 / columns, rounded up
+  int classes, begin[5];              // the taps of class i are begin[i] to begin[i + 1]
+  int offset[TAPS], tap[TAPS];        // of a tap: from a centre to its input, in the tile; its weights
+
+  // The input under the first tap for pixel m of the tile.
+  __device__ int place(int m) const {
+    const int j = m & ((1 << log_width) - 1), i = m >> log_width & ((1 << log_height) - 1);
+    return ((m >> (log_width + log_height)) * rows + i * step) * columns + j;
+  }
+};
+
+// A pixel of the grid, or of the inputs.
+struct Place {
+  int n, i, j;
+};
+
+__device__ inline Place corner_of(const Geometry& g, int tile) {
+  const int j = tile % g.across, rest = tile / g.across;
+  return {rest / g.down * (g.pixels >> (g.log_width + g.log_height)), rest % g.down << g.log_height, j << g.log_width};
+}
+
+// Pixel m of the tile.
+__device__ inline Place pixel_of(const Geometry& g, const Place& corner, int m) {
+  return {corner.n + (m >> (g.log_width + g.log_height)), corner.i + (m >> g.log_width & ((1 << g.log_height) - 1)),
+          corner.j + (m & ((1 << g.log_width) - 1))};
+}
+
+// Lays `count` pixels of `CHANNELS` channels, of which the tensor has C, into a tile. where(i) is the tensor's number
+// of pixel i, or -1 for zeros.
+template <int CHANNELS, int PITCH, class T, bool GRADIENT, class Where>
+__device__ void fill(Cell<T>* tile, int count, const Loader<T, GRADIENT>& loader, i64 C, int first_channel,
+                     const Where& where) {
+  constexpr int PACKS = CHANNELS / V<T>, STRIDE = THREADS / PACKS, BATCH = 4;  // so many loads on their way at once
+  const int channel = int(threadIdx.x) % PACKS * V<T>;
+  for (int start = int(threadIdx.x) / PACKS; start < count; start += BATCH * STRIDE) {
+    typename Loader<T, GRADIENT>::Raw raw[BATCH];
+    bool inside[BATCH];
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      const int i = start + b * STRIDE;
+      const i64 pixel = i < count ? where(i) : -1;
+      inside[b] = pixel >= 0;
+      if (inside[b]) raw[b] = loader.load(pixel * C + first_channel + channel);
+    }
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      const int i = start + b * STRIDE;
+      Pack<Cell<T>, V<T>> out{};
+      if (inside[b]) out = loader.cells(raw[b]);
+      if (i < count) pack_at<Pack<Cell<T>, V<T>>>(tile + i * PITCH + channel) = out;
+    }
+  }
+}
+
+// The inputs of a tile.
+struct InputPixels {
+  const Geometry& g;
+  Place corner;
+
+  __device__ i64 operator()(int i) const {
+    const int line = int(u32(i) * g.by_columns >> 20), column = i - line * g.columns;
+    const int image = int(u32(line) * g.by_rows >> 20), row = line - image * g.rows;
+    const int right = g.step == 1 ? column : column < g.half ? 2 * column : 2 * (column - g.half) + 1;
+    const int n = corner.n + image, h = corner.i * g.step - g.border + row, v = corner.j * g.step - g.border + right;
+    return n < g.N && within(h, g.H) && within(v, g.W) ? (i64(n) * g.H + h) * g.W + v : -1;
+  }
+};
+
+// The outputs of a tile; for one class.
+struct OutputPixels {
+  const Geometry& g;
+  Place corner;
+  int row, column;  // of the class
+
+  __device__ Place place(int m) const {
+    const Place at = pixel_of(g, corner, m);
+    return {at.n, at.i * g.apart + row, at.j * g.apart + column};
+  }
+  __device__ bool exists(const Place& at) const { return at.n < g.N && at.i < g.P && at.j < g.Q; }
+  __device__ i64 operator()(int m) const {
+    const Place at = place(m);
+    return exists(at) ? (i64(at.n) * g.P + at.i) * g.Q + at.j : -1;
+  }
+};
+
+// ---- a tile of outputs, finished ----------------------------------------------------------------------------------
+
+constexpr int OCTET = 8;  // channels of one pixel, which a thread finishes
+
+template <class T>
+using Octet = Pack<T, OCTET>;
+
+// A lane's sums are scattered over rows and columns (fragments.h). Four lanes exchange theirs, so that each has eight
+// neighbouring channels of one pixel: row octet_row(), columns octet_column() on.
+__device__ inline int octet_row() { return lane() / 4 + lane() % 4 / 2 * 8; }
+__device__ inline int octet_column() { return lane() % 2 * 8; }
+
+template <class W>
+__device__ inline Octet<W> octet_of(const W (&sum)[2][4]) {
+  const bool lower = lane() & 2, right = lane() & 1;
+  W mine[2][2], other[2][2];  // [half][column]: of the row that stays here, for the pairs of columns of two lanes
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      mine[half][i] = lower ? sum[half][i + 2] : sum[half][i];
+      other[half][i] = __shfl_xor_sync(~0u, lower ? sum[half][i] : sum[half][i + 2], 2);
+    }
+  Octet<W> out;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    // Lanes 0 and 2 hold columns 0 1 and 4 5 of both halves, lanes 1 and 3 the others.
+    const W near_low = lower ? other[0][i] : mine[0][i], far_low = lower ? mine[0][i] : other[0][i];
+    const W near_high = lower ? other[1][i] : mine[1][i], far_high = lower ? mine[1][i] : other[1][i];
+    const W near = __shfl_xor_sync(~0u, right ? near_low : near_high, 1);
+    const W far = __shfl_xor_sync(~0u, right ? far_low : far_high, 1);
+    out.at[i] = right ? near : near_low;
+    out.at[2 + i] = right ? near_high : near;
+    out.at[4 + i] = right ? far : far_low;
+    out.at[6 + i] = right ? far_high : far;
+  }
+  return out;
+}
+
+// Forward: y is stored, and its statistics are taken before it is rounded.
+template <class W>
+using Statistics = Moments<W, OCTET>;
+
+template <class T>
+__device__ inline void finish(Statistics<Wide<T>>& total, T* y, i64 at, const Octet<Wide<T>>& sum) {
+  Octet<T> out;
+#pragma unroll
+  for (int v = 0; v < OCTET; v++) out.at[v] = narrow<T>(sum.at[v]);
+  pack_at<Octet<T>>(y + at) = out;
+  total.add(sum);
+}
+
+// Backward: dx joined by the shortcut's gradient goes through the ReLU. The sums are of what is stored. before: mean,
+// scale and shift, `pitch` of each, from this channel on, of the batch norm that went before.
+template <class T, class W = Wide<T>>
+__device__ inline void finish(Sums<W, OCTET>& total, T* dx, const Place& place, i64 at, int channel, Octet<W> sum,
+                              const InputGradient<T>& input, const W* before, int pitch, const Geometry& g) {
+  const Shortcut<T>& shortcut = input.shortcut;
+  const int stride = int(shortcut.stride);
+  if (shortcut.x && place.i % stride == 0 && place.j % stride == 0) {
+    const i64 rows = pieces(g.P, stride), columns = pieces(g.Q, stride);
+    const i64 pixel = (place.n * rows + place.i / stride) * columns + place.j / stride;
+    const auto more = pack_at<Octet<T>>(shortcut.x + pixel * shortcut.C + shortcut.before + channel);
+#pragma unroll
+    for (int v = 0; v < OCTET; v++) sum.at[v] += wide(more.at[v]);
+  }
+  Octet<T> y{};
+  if (input.y) y = pack_at<Octet<T>>(input.y + at);
+  if (input.output) {
+    const auto output = pack_at<Octet<T>>(input.output + at);
+#pragma unroll
+    for (int v = 0; v < OCTET; v++)
+      if (!(wide(output.at[v]) > 0)) sum.at[v] = 0;
+  } else if (input.beta) {
+#pragma unroll
+    for (int v = 0; v < OCTET; v++)
+      if (!(affine(wide(y.at[v]), before[pitch + v], before[2 * pitch + v]) > 0)) sum.at[v] = 0;
+  }
+  Octet<T> out;
+#pragma unroll
+  for (int v = 0; v < OCTET; v++) out.at[v] = narrow<T>(sum.at[v]);
+  pack_at<Octet<T>>(dx + at) = out;
+  if (!input.rows) return;
+#pragma unroll
+  for (int v = 0; v < OCTET; v++) {
+    const W dz = wide(out.at[v]);
+    total.g[v] += dz;
+    total.gx[v] = fma(dz, wide(y.at[v]) - before[v], total.gx[v]);
+  }
+}
+
+// ---- convolve -----------------------------------------------------------------------------------------------------
+
+// How the warps of a block share a tile of PIXELS outputs by OUT channels: each takes 32 pixels by COLUMNS times 16
+// channels.
+template <class T, int IN, int OUT>
+struct Split {
+  static constexpr int ACROSS = IN == 64 && OUT == 32 ? 2 : 1;
+  static constexpr int COLUMNS = OUT / 16 / ACROSS, PIXELS = WARPS / ACROSS * 32;
+};
+
+// What lies in shared memory.
+template <class T, int IN, int OUT, bool BACKWARD>
+struct Layout {
+  using F = Fragment<Cell<T>>;
+  static constexpr int PITCH = IN + F::PADDING;
+  static constexpr int WEIGHT_LINES = BACKWARD ? OUT : IN, WEIGHT_COLUMNS = BACKWARD ? IN : OUT;
+  static constexpr int WEIGHT_PITCH = WEIGHT_COLUMNS + (BACKWARD ? F::PADDING : F::ACROSS_PADDING);
+  static constexpr int WEIGHTS = TAPS * WEIGHT_LINES * WEIGHT_PITCH;
+  static constexpr int COEFFICIENTS = 3 * IN, BEFORE = 3 * OUT;
+  static constexpr int PARTS = WARPS * OUT;  // of statistics, up to three numbers each
+
+  static std::size_t bytes(const Geometry& g) {
+    return (g.inputs * PITCH + WEIGHTS) * sizeof(Cell<T>) + (COEFFICIENTS + BEFORE + 3 * PARTS) * sizeof(Wide<T>);
+  }
+};
+
+// The weights of all taps, [tap][in][out] forward and [tap][out][in] backward, from w (3, 3, C, K): either way its
+// columns are K.
+template <class T, int IN, int OUT, bool BACKWARD>
+__device__ void load_weights(Cell<T>* weights, const T* __restrict__ w, int out_channels, int first) {
+  using L = Layout<T, IN, OUT, BACKWARD>;
+  constexpr int PACKS = L::WEIGHT_COLUMNS / V<T>;
+  const int C = BACKWARD ? out_channels : IN, K = BACKWARD ? IN : out_channels;
+#pragma unroll 4
+  for (int i = int(threadIdx.x); i < TAPS * L::WEIGHT_LINES * PACKS; i += THREADS) {
+    const int row = i / PACKS, column = i % PACKS * V<T>, tap = row / L::WEIGHT_LINES, line = row % L::WEIGHT_LINES;
+    const int c = line + (BACKWARD ? first : 0), k = column + (BACKWARD ? 0 : first);
+    const auto in = pack_at<Pack<T, V<T>>>(w + (tap * C + c) * K + k);
+    Pack<Cell<T>, V<T>> out;
+#pragma unroll
+    for (int v = 0; v < V<T>; v++) out.at[v] = cell<T>(wide(in.at[v]));
+    pack_at<Pack<Cell<T>, V<T>>>(weights + row * L::WEIGHT_PITCH + column) = out;
+  }
+}
+
+struct Nothing {};
+
+// y (N, P, Q, out_channels) from x (N, H, W, IN): of a forward pass, or dx from dz.
+template <class T, int IN, int OUT, bool BACKWARD, class Load, class Finish>
+__global__ void __launch_bounds__(THREADS)
+    convolve(T* y, Wide<T>* rows, const T* __restrict__ x, const T* __restrict__ w, int out_channels,
+             const __grid_constant__ Geometry g, const __grid_constant__ Load load,
+             const __grid_constant__ Finish input) {
+  using W = Wide<T>;
+  using S = Split<T, IN, OUT>;
+  using L = Layout<T, IN, OUT, BACKWARD>;
+  using F = typename L::F;
+  using Total = std::conditional_t<BACKWARD, Sums<W, OCTET>, Statistics<W>>;
+  using Part = std::conditional_t<BACKWARD, Sums<W, 1>, Moments<W, 1>>;
+  constexpr int HEIGHT = 2;  // fragments of 16 pixels
+
+  SmemArena arena;
+  Cell<T>* tile = arena.take<Cell<T>>(g.inputs * L::PITCH);
+  Cell<T>* weights = arena.take<Cell<T>>(L::WEIGHTS);
+  W* coefficients = arena.take<W>(L::COEFFICIENTS);
+  W* before = arena.take<W>(L::BEFORE);
+  Part* parts = arena.take<Part>(L::PARTS);
+
+  const int first = int(blockIdx.y) * OUT, t = int(threadIdx.x);
+  const bool publish = blockIdx.x == 0 && blockIdx.y == 0;
+  load_weights<T, IN, OUT, BACKWARD>(weights, w, out_channels, first);
+  bool transforms;
+  const T* raw = nullptr;
+  if constexpr (BACKWARD) {
+    transforms = load.y;
+    raw = load.y;
+    if (transforms)
+      load_gradient(coefficients, coefficients + IN, coefficients + 2 * IN, load, IN, 0, IN, i64(g.N) * g.H * g.W,
+                    publish);
+    if (t < OUT && input.y) {
+      const int c = first + t;
+      before[t] = input.mean[c];
+      if (input.beta)
+        set_affine(before[OUT + t], before[2 * OUT + t], input.gamma[c], input.beta[c], input.mean[c],
+                   input.inv_std[c]);
+    }
+  } else {
+    transforms = load.gamma;
+    if (transforms) load_batch_norm(coefficients, coefficients + IN, load, IN, 0, IN, publish);
+  }
+
+  const int warp = t / WARP, warp_row = warp / S::ACROSS, column = warp % S::ACROSS * S::COLUMNS * 16;
+  const int pixel0 = warp_row * HEIGHT * 16;
+  const bool works = pixel0 < g.pixels;  // tiles may be smaller than the block
+  const Cell<T>* own_pixel[HEIGHT];
+#pragma unroll
+  for (int i = 0; i < HEIGHT; i++)
+    own_pixel[i] = tile + (works ? g.place(pixel0 + i * 16 + F::own_line()) * L::PITCH + F::own_k() : 0);
+  const int eight = (g.place(8) - g.place(0)) * L::PITCH;
+  const Cell<T>* own_weight = BACKWARD ? weights + (column + F::own_line()) * L::WEIGHT_PITCH + F::own_k()
+                                       : weights + F::across_k() * L::WEIGHT_PITCH + column + F::across_line();
+
+  Total total[S::COLUMNS]{};
+  for (int number = int(blockIdx.x); number < g.tiles; number += int(gridDim.x)) {
+    const Place corner = corner_of(g, number);
+    __syncthreads();  // the coefficients are there, and nobody reads the last tile any more
+    const int channel = t % (IN / V<T>)*V<T>;
+    fill<IN, L::PITCH>(tile, g.inputs, Loader<T, BACKWARD>(x, raw, transforms, coefficients, IN, channel), IN, 0,
+                       InputPixels{g, corner});
+    __syncthreads();
+    if (!works) continue;
+    for (int kind = 0; kind < g.classes; kind++) {
+      W sum[HEIGHT][S::COLUMNS][2][4] = {};
+#pragma unroll(IN == 16 ? 3 : 1)
+      for (int i = g.begin[kind]; i < g.begin[kind + 1]; i++) {
+        const int offset = g.offset[i] * L::PITCH, tap = g.tap[i] * L::WEIGHT_LINES * L::WEIGHT_PITCH;
+#pragma unroll
+        for (int k = 0; k < IN; k += F::DEPTH) {
+          F pixels[HEIGHT];
+#pragma unroll
+          for (int h = 0; h < HEIGHT; h++) pixels[h].load(own_pixel[h] + offset + k, eight);
+#pragma unroll
+          for (int n = 0; n < S::COLUMNS; n++) {
+            F filters;
+            if constexpr (BACKWARD)
+              filters.load(own_weight + tap + n * 16 * L::WEIGHT_PITCH + k, 8 * L::WEIGHT_PITCH);
+            else
+              filters.load_across(own_weight + tap + k * L::WEIGHT_PITCH + n * 16, L::WEIGHT_PITCH);
+#pragma unroll
+            for (int h = 0; h < HEIGHT; h++) multiply_add(sum[h][n], pixels[h], filters);
+          }
+        }
+      }
+      const OutputPixels outputs{g, corner, kind >> 1, kind & 1};
+#pragma unroll
+      for (int h = 0; h < HEIGHT; h++) {
+        const Place place = outputs.place(pixel0 + h * 16 + octet_row());
+        const i64 pixel = (i64(place.n) * g.P + place.i) * g.Q + place.j;
+        const bool exists = outputs.exists(place);
+#pragma unroll
+        for (int n = 0; n < S::COLUMNS; n++) {
+          const Octet<W> octet = octet_of(sum[h][n]);
+          const int c = column + n * 16 + octet_column();
+          const i64 at = pixel * out_channels + first + c;
+          if (!exists) continue;
+          if constexpr (BACKWARD)
+            finish(total[n], y, place, at, first + c, octet, input, before + c, OUT, g);
+          else
+            finish(total[n], y, at, octet);
+        }
+      }
+    }
+  }
+
+  // This block's row: lanes join theirs, then warps.
+  if (!rows) return;
+#pragma unroll
+  for (int n = 0; n < S::COLUMNS; n++) {
+#pragma unroll
+    for (int offset = 2; offset < WARP; offset *= 2) total[n].merge(shuffle_xor(total[n], offset));
+    if (lane() < 2)
+#pragma unroll
+      for (int v = 0; v < OCTET; v++)
+        parts[warp_row * OUT + column + n * 16 + octet_column() + v] = total[n].channel(v);
+  }
+  __syncthreads();
+  if (t >= OUT) return;
+  Part part = parts[t];
+  for (int i = 1; i < WARPS / S::ACROSS; i++) part.merge(parts[i * OUT + t]);
+  W* row = rows + 2 * i64(blockIdx.x) * out_channels + first + t;
+  if constexpr (BACKWARD) {
+    row[0] = part.g[0];
+    row[out_channels] = part.gx[0];
+  } else {
+    row[0] = part.mean[0];
+    row[out_channels] = part.m2[0];
+    if (first + t == 0) rows[2 * i64(gridDim.x) * out_channels + blockIdx.x] = part.n;
+  }
+}
+
+// ---- plans --------------------------------------------------------------------------------------------------------
+
+int log_of(i64 n, int most) {  // of the smallest power of two that is not less, up to `most`
+  int log = 0;
+  while (i64(1) << log < n && 1 << log < most) log++;
+  return log;
+}
+
+// Tiles of `pixels` outputs (of one class), as wide as the image allows.
+Geometry geometry_of(const Window& s, bool backward, int pixels) {
+  const int stride = int(s.stride_h);
+  const bool by_class = backward && stride == 2;
+  Geometry g{};
+  g.N = int(s.N);
+  g.H = int(backward ? s.P : s.H), g.W = int(backward ? s.Q : s.W);
+  g.P = int(backward ? s.H : s.P), g.Q = int(backward ? s.W : s.Q);
+  g.step = backward ? 1 : stride, g.apart = by_class ? 2 : 1, g.border = by_class ? 0 : 1;
+  const i64 down = ceil_div(g.P, g.apart), across = ceil_div(g.Q, g.apart);  // of the grid
+  g.log_width = max(3, log_of(across, min(32, pixels / 4)));
+  g.log_height = log_of(down, pixels >> g.log_width);
+  g.pixels = pixels;
+  const int width = 1 << g.log_width, height = 1 << g.log_height, images = pixels / width / height;
+  g.half = g.step == 2 ? width + 1 : 0;
+  g.rows = by_class ? height + 1 : (height - 1) * g.step + 3;
+  g.columns = by_class ? width + 1 : g.step == 2 ? 2 * g.half : width + 2;
+  g.inputs = images * g.rows * g.columns;
+  g.by_rows = u32((1 << 20) / g.rows + 1), g.by_columns = u32((1 << 20) / g.columns + 1);
+  g.down = int(ceil_div(down, height)), g.across = int(ceil_div(across, width));
+  const i64 tiles = ceil_div(s.N, images) * g.down * g.across;
+  if (tiles * pixels * 4 > 0x7fffffff) throw std::invalid_argument("[conv3x3] pixels must be under 2^29");
+  g.tiles = int(tiles);
+
+  // Backward through stride 2: y[p] met x[2 p + r - 1]. So an even row of x met y[row / 2] through r = 1 only, an odd
+  // one y[row / 2] through r = 2 and y[row / 2 + 1] through r = 0; columns likewise.
+  int taps = 0;
+  const auto add = [&](int r, int u, int tap) {
+    const int right = g.step == 2 ? u % 2 * g.half + u / 2 : u;
+    g.offset[taps] = r * g.columns + right;
+    g.tap[taps++] = tap;
+  };
+  if (by_class) {
+    for (int kind = 0; kind < 4; kind++) {
+      for (int r = 0; r <= kind / 2; r++)
+        for (int u = 0; u <= kind % 2; u++) add(r, u, (kind / 2 ? 2 - 2 * r : 1) * 3 + (kind % 2 ? 2 - 2 * u : 1));
+      g.begin[kind + 1] = taps;
+    }
+    g.classes = 4;
+  } else {
+    for (int tap = 0; tap < TAPS; tap++) add(tap / 3, tap % 3, backward ? TAPS - 1 - tap : tap);
+    g.classes = 1, g.begin[1] = taps;
+  }
+  return g;
+}
+
+// The largest tile that fits shared memory and leaves no multiprocessor idle.
+template <class Bytes>
+Geometry tiles_of(const Window& s, bool backward, int pixels, i64 parts, const Bytes& bytes) {
+  Geometry g = geometry_of(s, backward, pixels);
+  while (pixels > SMALLEST_TILE && (bytes(g) > SHARED_BYTES || 2 * g.tiles * parts <= MULTIPROCESSORS))
+    g = geometry_of(s, backward, pixels /= 2);
+  return g;
+}
+
+// Blocks that share `tiles` as evenly as may be, at most `most`.
+i64 blocks_for(i64 tiles, i64 most) { return ceil_div(tiles, ceil_div(tiles, most)); }
+
+i64 most_rows(i64 channels) { return max(i64(1), min(2 * i64(MULTIPROCESSORS), ROW_CHANNELS / channels)); }
+
+bool channels_fit(i64 C) { return C == 16 || C == 32 || C == 64; }
+
+bool fits(const Window& s) {
+  return s.R == 3 && s.S == 3 && s.pad_h == 1 && s.pad_w == 1 && s.stride_h == s.stride_w &&
+         (s.stride_h == 1 || s.stride_h == 2) && channels_fit(s.C) && channels_fit(s.K) && s.N > 0 && s.P > 0 &&
+         s.Q > 0;
+}
+
+void expect_fit(const char* op, const Window& s, std::initializer_list<const void*> arrays) {
+  if (!fits(s))
+    throw std::invalid_argument("[" + std::string(op) +
+                                "] a 3x3 window, padding 1, stride 1 or 2, and 16, 32 or 64 channels");
+  for (const void* array : arrays)
+    if (reinterpret_cast<std::uintptr_t>(array) % 16)
+      throw std::invalid_argument("[" + std::string(op) + "] arrays must be aligned to 16 bytes");
+}
+
+template <int N>
+using Channels = std::integral_constant<int, N>;
+
+template <class Body>
+void with_channels(i64 C, const Body& body) {
+  C == 16 ? body(Channels<16>()) : C == 32 ? body(Channels<32>()) : body(Channels<64>());
+}
+
+// Calls body with the input channels of a product and the output channels of a block.
+template <class T, class Body>
+void with_channels(i64 in, i64 out, const Body& body) {
+  with_channels(in, [&](auto in_channels) {
+    if constexpr (sizeof(T) < 8)
+      if (out > 16) return body(in_channels, Channels<32>());
+    body(in_channels, Channels<16>());
+  });
+}
+
+template <class T, int IN, int OUT, bool BACKWARD>
+Geometry plan(const Window& s, i64 out_channels) {
+  return tiles_of(s, BACKWARD, Split<T, IN, OUT>::PIXELS, out_channels / OUT, Layout<T, IN, OUT, BACKWARD>::bytes);
+}
+
+template <class T, bool BACKWARD>
+i64 rows_of(const Window& s) {
+  const i64 in = BACKWARD ? s.K : s.C, out = BACKWARD ? s.C : s.K;
+  i64 rows = 0;
+  with_channels<T>(
+      in, out, [&](auto IN, auto OUT) { rows = blocks_for(plan<T, IN, OUT, BACKWARD>(s, out).tiles, most_rows(out)); });
+  return rows;
+}
+
+template <class T>
+i64 conv3x3_rows(const Window& s, bool backward) {
+  return !fits(s) ? 0 : backward ? rows_of<T, true>(s) : rows_of<T, false>(s);
+}
+
+template <class T, bool BACKWARD, class Load, class Finish>
+void launch_convolve(const char* op, T* y, Wide<T>* rows, const T* x, const T* w, const Load& load,
+                     const Finish& finish, const Window& s) {
+  const i64 in = BACKWARD ? s.K : s.C, out = BACKWARD ? s.C : s.K;
+  with_channels<T>(in, out, [&](auto IN, auto OUT) {
+    const Geometry g = plan<T, IN, OUT, BACKWARD>(s, out);
+    const dim3 grid(unsigned(blocks_for(g.tiles, most_rows(out))), unsigned(out / OUT));
+    launch(op, convolve<T, IN, OUT, BACKWARD, Load, Finish>, grid, dim3(THREADS),
+           Layout<T, IN, OUT, BACKWARD>::bytes(g), current_stream(), y, rows, x, w, int(out), g, load, finish);
+  });
+}
+
+template <class T>
+void conv3x3_forward(T* y, Wide<T>* rows, const T* x, const T* w, const BatchNorm<T>& batch_norm, const Window& s) {
+  expect_fit("conv3x3_forward", s, {y, x, w});
+  launch_convolve<T, false>("conv3x3_forward", y, rows, x, w, batch_norm, Nothing(), s);
+}
+
+template <class T>
+void conv3x3_backward_input(T* dx, const T* dz, const T* w, const BatchNormGradient<T>& gradient,
+                            const InputGradient<T>& input, const Window& s) {
+  expect_fit("conv3x3_backward_input", s, {dx, dz, w, gradient.y, input.shortcut.x, input.output, input.y});
+  launch_convolve<T, true>("conv3x3_backward_input", dx, input.rows, dz, w, gradient, input, s);
+}
+
+}  // namespace
+
+template <class T>
+void conv3x3_kernels(Kernels<T>& table) {
+  table.conv3x3_rows = conv3x3_rows<T>;
+  table.conv3x3_forward = conv3x3_forward<T>;
+  table.conv3x3_backward_input = conv3x3_backward_input<T>;
+}
+template void conv3x3_kernels<float>(Kernels<float>&);
+template void conv3x3_kernels<double>(Kernels<double>&);
+template void conv3x3_kernels<bf16>(Kernels<bf16>&);
+
+}  // namespace tinyres
