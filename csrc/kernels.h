@@ -99,13 +99,14 @@ struct BatchNormGradient {
   Wide<T>*dgamma, *dbeta;  // (C), written if there are rows, else read
 };
 
-// What goes round the convolutions of a block: x (N, ceil(H / stride), ceil(W / stride), C) or (N, H, W, C).
-// Forward, y[n, p, q, k] += x[n, p * stride, q * stride, k - before] where that channel exists; backward, the other way
-// round. 1 and 0 are the identity; option A has a stride of 2 and `before` new channels of zeros before x's own.
+// What goes round the convolutions of a block: x (N, H, W, C). Forward, y[n, p, q, k] += x[n, p * stride, q * stride,
+// k - before] where x has such a channel; backward, the other way round, dx[n, p * stride, q * stride, c] +=
+// x[n, p, q, c + before]. 1 and 0 are the identity; option A has a stride of 2, and before its channels that many
+// zeros.
 template <class T>
 struct Shortcut {
   const T* x;  // nullptr: none
-  i64 C, stride, before;
+  i64 H, W, C, stride, before;
 };
 
 // What becomes of dx (N, H, W, C), the gradient by the input of a convolution: dz = (dx + shortcut) where the ReLU
@@ -160,10 +161,10 @@ struct Kernels {
   // y = convolution of relu(batch norm of x), or of x, with w; rows, if given, get the statistics of y:
   // conv3x3_rows * (2 K + 1) numbers.
   void (*conv3x3_forward)(T* y, Wide<T>* rows, const T* x, const T* w, const BatchNorm<T>& batch_norm, const Window& s);
-  // dz before the convolution (N, H, W, C) from dz behind it (N, P, Q, K). The same w.
+  // dx (N, H, W, C) from dz (N, P, Q, K), w as it is.
   void (*conv3x3_backward_input)(T* dx, const T* dz, const T* w, const BatchNormGradient<T>& gradient,
                                  const InputGradient<T>& input, const Window& s);
-  // dw from dz behind the convolution and x, or relu(batch norm of x) whose mean and inv_std are known.
+  // dw from dz and x, or relu(batch norm of x) whose mean and inv_std are known.
   void (*conv3x3_backward_weight)(Wide<T>* dw, const T* dz, const T* x, const BatchNormGradient<T>& gradient,
                                   const BatchNorm<T>& batch_norm, const Window& s);
   // y (N, H, W, C) = relu(batch norm of x + shortcut); shortcut_batch_norm, if it has a gamma, applies to the shortcut,

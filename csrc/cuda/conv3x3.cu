@@ -101,8 +101,6 @@ __device__ inline W relu(W x) {
 
 __device__ inline bool within(int i, int size) { return unsigned(i) < unsigned(size); }
 
-__device__ inline int pieces(int n, int size) { return (n + size - 1) / size; }
-
 // ---- batch norm as it is loaded -----------------------------------------------------------------------------------
 
 template <class W>
@@ -389,12 +387,11 @@ __device__ inline void finish(Statistics<Wide<T>>& total, T* y, i64 at, const Oc
 // scale and shift, `pitch` of each, from this channel on, of the batch norm that went before.
 template <class T, class W = Wide<T>>
 __device__ inline void finish(Sums<W, OCTET>& total, T* dx, const Place& place, i64 at, int channel, Octet<W> sum,
-                              const InputGradient<T>& input, const W* before, int pitch, const Geometry& g) {
+                              const InputGradient<T>& input, const W* before, int pitch) {
   const Shortcut<T>& shortcut = input.shortcut;
   const int stride = int(shortcut.stride);
   if (shortcut.x && place.i % stride == 0 && place.j % stride == 0) {
-    const i64 rows = pieces(g.P, stride), columns = pieces(g.Q, stride);
-    const i64 pixel = (place.n * rows + place.i / stride) * columns + place.j / stride;
+    const i64 pixel = (place.n * shortcut.H + place.i / stride) * shortcut.W + place.j / stride;
     const auto more = pack_at<Octet<T>>(shortcut.x + pixel * shortcut.C + shortcut.before + channel);
 #pragma unroll
     for (int v = 0; v < OCTET; v++) sum.at[v] += wide(more.at[v]);
@@ -570,7 +567,7 @@ __global__ void __launch_bounds__(THREADS)
           const i64 at = pixel * out_channels + first + c;
           if (!exists) continue;
           if constexpr (BACKWARD)
-            finish(total[n], y, place, at, first + c, octet, input, before + c, OUT, g);
+            finish(total[n], y, place, at, first + c, octet, input, before + c, OUT);
           else
             finish(total[n], y, at, octet);
         }
@@ -680,13 +677,17 @@ bool fits(const Window& s) {
          s.Q > 0;
 }
 
-void expect_fit(const char* op, const Window& s, std::initializer_list<const void*> arrays) {
-  if (!fits(s))
-    throw std::invalid_argument("[" + std::string(op) +
-                                "] a 3x3 window, padding 1, stride 1 or 2, and 16, 32 or 64 channels");
+void expect_aligned(const char* op, std::initializer_list<const void*> arrays) {
   for (const void* array : arrays)
     if (reinterpret_cast<std::uintptr_t>(array) % 16)
       throw std::invalid_argument("[" + std::string(op) + "] arrays must be aligned to 16 bytes");
+}
+
+void expect_fit(const char* op, const Window& s, std::initializer_list<const void*> arrays) {
+  if (!fits(s))
+    throw std::invalid_argument("[" + std::string(op) +
+                                "] needs a 3x3 window, padding 1, stride 1 or 2, and 16, 32 or 64 channels");
+  expect_aligned(op, arrays);
 }
 
 template <int N>
@@ -751,6 +752,264 @@ void conv3x3_backward_input(T* dx, const T* dz, const T* w, const BatchNormGradi
   launch_convolve<T, true>("conv3x3_backward_input", dx, input.rows, dz, w, gradient, input, s);
 }
 
+// ---- weight gradient ----------------------------------------------------------------------------------------------
+// dw[r, s, c, k] = sum over pixels of u[n, p * stride + r - 1, q * stride + s - 1, c] * dy[n, p, q, k]: a product
+// summed over pixels. Both tiles lie [pixel][channel], across what is summed, and a tap is again a starting address. A
+// block takes C_BLOCK by K_BLOCK channels of all nine taps, a warp 16 by 16 of them: 72 sums a lane. Warps that are
+// left over share the pixels of a tile. Few blocks would keep few multiprocessors busy: each takes its share of the
+// tiles, a slab, and leaves its own dw; a second kernel adds them in order.
+
+template <int C_BLOCK, int K_BLOCK>
+struct WeightSplit {
+  static constexpr int SQUARES = C_BLOCK * K_BLOCK / 256, GROUPS = WARPS / SQUARES, PIXELS = 128;
+};
+
+template <class T, int C_BLOCK, int K_BLOCK>
+struct WeightLayout {
+  using F = Fragment<Cell<T>>;
+  static constexpr int X_PITCH = C_BLOCK + F::ACROSS_PADDING, Y_PITCH = K_BLOCK + F::ACROSS_PADDING;
+  static constexpr int COEFFICIENTS = 2 * C_BLOCK + 3 * K_BLOCK;
+  static constexpr int SUMS = WARPS * 256;  // one tap, of every warp
+
+  static std::size_t bytes(const Geometry& g) {
+    return (g.inputs * X_PITCH + g.pixels * Y_PITCH) * sizeof(Cell<T>) + (COEFFICIENTS + SUMS) * sizeof(Wide<T>);
+  }
+};
+
+template <class T, int C_BLOCK, int K_BLOCK>
+__global__ void __launch_bounds__(THREADS)
+    weight_gradient(Wide<T>* __restrict__ slabs, const T* __restrict__ dz, const T* __restrict__ x, int C, int K,
+                    const __grid_constant__ Geometry g, const __grid_constant__ BatchNormGradient<T> gradient,
+                    const __grid_constant__ BatchNorm<T> bn) {
+  using W = Wide<T>;
+  using S = WeightSplit<C_BLOCK, K_BLOCK>;
+  using L = WeightLayout<T, C_BLOCK, K_BLOCK>;
+  using F = typename L::F;
+  SmemArena arena;
+  Cell<T>* x_tile = arena.take<Cell<T>>(g.inputs * L::X_PITCH);
+  Cell<T>* y_tile = arena.take<Cell<T>>(g.pixels * L::Y_PITCH);
+  W* coefficients = arena.take<W>(L::COEFFICIENTS);
+  W* sums = arena.take<W>(L::SUMS);
+
+  const int t = int(threadIdx.x), c_first = int(blockIdx.y) * C_BLOCK, k_first = int(blockIdx.z) * K_BLOCK;
+  const bool normalised = bn.gamma, transforms = gradient.y;
+  W* of_gradient = coefficients + 2 * C_BLOCK;
+  if (normalised) load_batch_norm(coefficients, coefficients + C_BLOCK, bn, C, c_first, C_BLOCK, false);
+  if (transforms)
+    load_gradient(of_gradient, of_gradient + K_BLOCK, of_gradient + 2 * K_BLOCK, gradient, K, k_first, K_BLOCK,
+                  i64(g.N) * g.P * g.Q, blockIdx.x == 0 && blockIdx.y == 0);
+
+  const int warp = t / WARP, square = warp % S::SQUARES, group = warp / S::SQUARES;
+  const int c = square / (K_BLOCK / 16) * 16, k = square % (K_BLOCK / 16) * 16;
+  W sum[TAPS][2][4] = {};
+  for (int number = int(blockIdx.x); number < g.tiles; number += int(gridDim.x)) {
+    const Place corner = corner_of(g, number);
+    __syncthreads();
+    const int x_channel = t % (C_BLOCK / V<T>)*V<T>, y_channel = t % (K_BLOCK / V<T>)*V<T>;
+    fill<C_BLOCK, L::X_PITCH>(x_tile, g.inputs,
+                              Loader<T, false>(x, nullptr, normalised, coefficients, C_BLOCK, x_channel), C, c_first,
+                              InputPixels{g, corner});
+    fill<K_BLOCK, L::Y_PITCH>(y_tile, g.pixels,
+                              Loader<T, true>(dz, gradient.y, transforms, of_gradient, K_BLOCK, y_channel), K, k_first,
+                              OutputPixels{g, corner, 0, 0});
+    __syncthreads();
+    for (int m = group * F::DEPTH; m < g.pixels; m += S::GROUPS * F::DEPTH) {
+      F dy;
+      dy.load_across(y_tile + (m + F::across_k()) * L::Y_PITCH + k + F::across_line(), L::Y_PITCH);
+      const Cell<T>* own = x_tile + g.place(m + F::across_k()) * L::X_PITCH + c + F::across_line();
+#pragma unroll
+      for (int tap = 0; tap < TAPS; tap++) {
+        F u;
+        u.load_across(own + g.offset[tap] * L::X_PITCH, L::X_PITCH);
+        multiply_add(sum[tap], u, dy);
+      }
+    }
+  }
+
+  // The groups' sums, tap by tap, in order.
+#pragma unroll
+  for (int tap = 0; tap < TAPS; tap++) {
+    __syncthreads();
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) sums[warp * 256 + sum_row(i) * 16 + sum_column(half, i)] = sum[tap][half][i];
+    __syncthreads();
+    for (int i = t; i < S::SQUARES * 256; i += THREADS) {
+      const int column = i % K_BLOCK, row = i / K_BLOCK;  // of the block
+      const int at = (row / 16 * (K_BLOCK / 16) + column / 16) * 256 + row % 16 * 16 + column % 16;
+      W whole = sums[at];
+#pragma unroll
+      for (int other = 1; other < S::GROUPS; other++) whole += sums[other * S::SQUARES * 256 + at];
+      slabs[((i64(blockIdx.x) * TAPS + tap) * C + c_first + row) * K + k_first + column] = whole;
+    }
+  }
+}
+
+// dw[i] = the sum of slab[j][i] over all slabs: by eight threads, which take turns, then by halves.
+template <class W>
+__global__ void __launch_bounds__(THREADS) add_slabs(W* __restrict__ dw, const W* __restrict__ slab, int slabs, int n) {
+  const int i = int(blockIdx.x) * WARP + int(threadIdx.x) % WARP;  // n is a multiple of WARP
+  W sum = 0;
+#pragma unroll 8
+  for (int j = int(threadIdx.x) / WARP; j < slabs; j += WARPS) sum += slab[i64(j) * n + i];
+  sum = join_threads(sum, WARP, WARPS, [](W a, W b) { return a + b; });
+  if (threadIdx.x < WARP) dw[i] = sum;
+}
+
+template <class T>
+void conv3x3_backward_weight(Wide<T>* dw, const T* dz, const T* x, const BatchNormGradient<T>& gradient,
+                             const BatchNorm<T>& batch_norm, const Window& s) {
+  const char* op = "conv3x3_backward_weight";
+  expect_fit(op, s, {dz, x, gradient.y});
+  const auto with_blocks = [&](auto C_BLOCK, auto K_BLOCK) {
+    using L = WeightLayout<T, C_BLOCK, K_BLOCK>;
+    const i64 squares = s.C / C_BLOCK * (s.K / K_BLOCK), n = TAPS * s.C * s.K;
+    const Geometry g = tiles_of(s, false, WeightSplit<C_BLOCK, K_BLOCK>::PIXELS, squares, L::bytes);
+    // 9 KB of sums for two blocks on each multiprocessor, or up to 37 KB for one: 5 MB at most.
+    const i64 slabs = blocks_for(g.tiles, MULTIPROCESSORS * (C_BLOCK * K_BLOCK == 256 ? 2 : 1) / squares);
+    const Scratch<Wide<T>> scratch(slabs > 1 ? slabs * n : 0);
+    Wide<T>* to = slabs > 1 ? scratch.get() : dw;
+    const dim3 grid(unsigned(slabs), unsigned(s.C / C_BLOCK), unsigned(s.K / K_BLOCK));
+    launch(op, weight_gradient<T, C_BLOCK, K_BLOCK>, grid, dim3(THREADS), L::bytes(g), current_stream(), to, dz, x,
+           int(s.C), int(s.K), g, gradient, batch_norm);
+    if (slabs > 1)
+      launch(op, add_slabs<Wide<T>>, dim3(unsigned(n / WARP)), dim3(THREADS), 0, current_stream(), dw, to, int(slabs),
+             int(n));
+  };
+  const auto with_k = [&](auto C_BLOCK) {
+    s.K == 16 ? with_blocks(C_BLOCK, Channels<16>()) : with_blocks(C_BLOCK, Channels<32>());
+  };
+  s.C == 16 ? with_k(Channels<16>()) : with_k(Channels<32>());
+}
+
+// ---- block output -------------------------------------------------------------------------------------------------
+
+// A thread keeps to its channels, a pack of them, and takes every so many pixels.
+template <class T>
+struct PixelWalk {
+  int channel, pixel, stride;
+  __device__ explicit PixelWalk(int C) {
+    const int packs = C / V<T>, t = int(threadIdx.x);
+    channel = t % packs * V<T>;
+    pixel = int(blockIdx.x) * (THREADS / packs) + t / packs;
+    stride = int(gridDim.x) * (THREADS / packs);
+  }
+};
+
+template <class T>
+__global__ void __launch_bounds__(THREADS)
+    block_output_forward(T* __restrict__ y, const T* __restrict__ x, const __grid_constant__ BatchNorm<T> bn,
+                         const __grid_constant__ Shortcut<T> shortcut, const __grid_constant__ BatchNorm<T> shortcut_bn,
+                         int H, int W, int C, int pixels) {
+  using Number = Wide<T>;
+  SmemArena arena;
+  Number* coefficients = arena.take<Number>(4 * C);
+  load_batch_norm(coefficients, coefficients + C, bn, C, 0, C, blockIdx.x == 0);
+  if (shortcut_bn.gamma)
+    load_batch_norm(coefficients + 2 * C, coefficients + 3 * C, shortcut_bn, C, 0, C, blockIdx.x == 0);
+  __syncthreads();
+  const PixelWalk<T> walk(C);
+  Number scale[V<T>], shift[V<T>], shortcut_scale[V<T>], shortcut_shift[V<T>];
+#pragma unroll
+  for (int v = 0; v < V<T>; v++) {
+    const int c = walk.channel + v;
+    scale[v] = coefficients[c], shift[v] = coefficients[C + c];
+    shortcut_scale[v] = shortcut_bn.gamma ? coefficients[2 * C + c] : 1;
+    shortcut_shift[v] = shortcut_bn.gamma ? coefficients[3 * C + c] : 0;
+  }
+  const int from = walk.channel - int(shortcut.before), stride = int(shortcut.stride);
+  const bool round = shortcut.x && within(from, int(shortcut.C));
+#pragma unroll 4
+  for (int pixel = walk.pixel; pixel < pixels; pixel += walk.stride) {
+    const i64 at = i64(pixel) * C + walk.channel;
+    const auto in = pack_at<Pack<T, V<T>>>(x + at);
+    Pack<T, V<T>> more{}, out;
+    if (round) {
+      i64 there = pixel;
+      if (stride > 1) {
+        const int n = pixel / W / H, h = pixel / W % H, v = pixel % W;
+        there = (i64(n) * shortcut.H + h * stride) * shortcut.W + v * stride;
+      }
+      more = pack_at<Pack<T, V<T>>>(shortcut.x + there * shortcut.C + from);
+    }
+#pragma unroll
+    for (int v = 0; v < V<T>; v++) {
+      Number sum = affine(wide(in.at[v]), scale[v], shift[v]);
+      if (round) sum += affine(wide(more.at[v]), shortcut_scale[v], shortcut_shift[v]);
+      out.at[v] = narrow<T>(relu(sum));
+    }
+    pack_at<Pack<T, V<T>>>(y + at) = out;
+  }
+}
+
+void expect_channels(const char* op, i64 C, std::initializer_list<const void*> arrays) {
+  if (C < 16 || C > THREADS || (C & (C - 1)))
+    throw std::invalid_argument("[" + std::string(op) + "] C must be a power of two from 16 to 256; got " +
+                                std::to_string(C));
+  expect_aligned(op, arrays);
+}
+
+template <class T>
+i64 block_output_rows(i64 M, i64 C) {
+  return min(most_rows(C), ceil_div(M * C / V<T>, THREADS));
+}
+
+template <class T>
+void block_output(T* y, const T* x, const BatchNorm<T>& batch_norm, const Shortcut<T>& shortcut,
+                  const BatchNorm<T>& shortcut_batch_norm, i64 N, i64 H, i64 W, i64 C) {
+  expect_channels("block_output", C, {y, x, shortcut.x});
+  if (N * H * W == 0) return;
+  launch("block_output", block_output_forward<T>, dim3(unsigned(block_output_rows<T>(N * H * W, C))), dim3(THREADS),
+         std::size_t(4 * C) * sizeof(Wide<T>), current_stream(), y, x, batch_norm, shortcut, shortcut_batch_norm,
+         int(H), int(W), int(C), int(N * H * W));
+}
+
+template <class T, class W = Wide<T>>
+__global__ void __launch_bounds__(THREADS)
+    mask_and_sum(T* __restrict__ dz, W* __restrict__ rows, const T* __restrict__ dy, const T* __restrict__ output,
+                 const T* __restrict__ y, const W* __restrict__ mean, int C, int M) {
+  using P = Pack<T, V<T>>;
+  const PixelWalk<T> walk(C);
+  W middle[V<T>];
+#pragma unroll
+  for (int v = 0; v < V<T>; v++) middle[v] = mean[walk.channel + v];
+  Sums<W, V<T>> total{};
+#pragma unroll 4
+  for (int pixel = walk.pixel; pixel < M; pixel += walk.stride) {
+    const i64 at = i64(pixel) * C + walk.channel;
+    const P above = pack_at<P>(output + at), raw = pack_at<P>(y + at);
+    P out = pack_at<P>(dy + at);
+#pragma unroll
+    for (int v = 0; v < V<T>; v++) {
+      if (!(wide(above.at[v]) > 0)) out.at[v] = T{};
+      total.g[v] += wide(out.at[v]);
+      total.gx[v] = fma(wide(out.at[v]), wide(raw.at[v]) - middle[v], total.gx[v]);
+    }
+    pack_at<P>(dz + at) = out;
+  }
+  const int packs = C / V<T>;
+  total = join_threads(total, packs, THREADS / packs, [](Sums<W, V<T>> a, const Sums<W, V<T>>& b) {
+    a.merge(b);
+    return a;
+  });
+  if (int(threadIdx.x) >= packs) return;
+#pragma unroll
+  for (int v = 0; v < V<T>; v++) {
+    rows[2 * i64(blockIdx.x) * C + walk.channel + v] = total.g[v];
+    rows[(2 * i64(blockIdx.x) + 1) * C + walk.channel + v] = total.gx[v];
+  }
+}
+
+template <class T>
+void block_output_backward(T* dz, Wide<T>* rows, const T* dy, const T* output, const T* y, const Wide<T>* mean, i64 M,
+                           i64 C) {
+  expect_channels("block_output_backward", C, {dz, dy, output, y});
+  if (M == 0) return;
+  launch("block_output_backward", mask_and_sum<T>, dim3(unsigned(block_output_rows<T>(M, C))), dim3(THREADS), 0,
+         current_stream(), dz, rows, dy, output, y, mean, int(C), int(M));
+}
+
 }  // namespace
 
 template <class T>
@@ -758,6 +1017,10 @@ void conv3x3_kernels(Kernels<T>& table) {
   table.conv3x3_rows = conv3x3_rows<T>;
   table.conv3x3_forward = conv3x3_forward<T>;
   table.conv3x3_backward_input = conv3x3_backward_input<T>;
+  table.conv3x3_backward_weight = conv3x3_backward_weight<T>;
+  table.block_output = block_output<T>;
+  table.block_output_rows = block_output_rows<T>;
+  table.block_output_backward = block_output_backward<T>;
 }
 template void conv3x3_kernels<float>(Kernels<float>&);
 template void conv3x3_kernels<double>(Kernels<double>&);

@@ -292,7 +292,7 @@ void test_backward_input(const Kernels<T>& k, const Case& s, Mask mask, bool opt
   InputGradient<T> input{};
   const bool transforms = mask != Mask::none;
   if (transforms) {
-    input.shortcut = {round.data(), wider, stride, new_channels};
+    input.shortcut = {round.data(), rows_round, columns_round, wider, stride, new_channels};
     input.y = y.data(), input.mean = before.mean.data(), input.rows = rows.data();
     if (mask == Mask::output) input.output = output.data();
     if (mask == Mask::batch_norm)
@@ -368,6 +368,93 @@ void test_gradient_rows(const Kernels<T>& k, const Case& s) {
   CHECK(close(dx, convolution_backward_input(s, gradient.dy(dz), doubles(w)), bound<T>()));
 }
 
+// ---- weight gradient ----------------------------------------------------------------------------------------------
+
+template <class T>
+void test_backward_weight(const Kernels<T>& k, const Case& s, bool transforms, bool exact) {
+  using W = Wide<T>;
+  Array<T> dz(s.y()), x(s.x());
+  Array<W> dw(s.w()), again(s.w());
+  fill_inputs(dz, 1, exact);
+  fill_inputs(x, 2, exact);
+  Gradient<T> gradient(s.y(), s.K, exact);
+  Parameters<W> bn(s.C, exact);
+  fill_nan(dw);
+  const BatchNormGradient<T> known = transforms ? gradient.known() : BatchNormGradient<T>{};
+  const BatchNorm<T> before = transforms ? bn.template known<T>() : BatchNorm<T>{};
+  k.conv3x3_backward_weight(dw.data(), dz.data(), x.data(), known, before, s.window());
+  wait();
+  const Doubles u = transforms ? activation(doubles(x), bn.gamma, bn.beta, bn.mean, bn.inv_std) : doubles(x);
+  const Doubles dy = transforms ? gradient.dy(dz) : doubles(dz);
+  Doubles want(std::size_t(s.w()));
+  for_pairs(s, [&](int from, int tap, int to) {
+    for (int c = 0; c < s.C; c++)
+      for (int j = 0; j < s.K; j++)
+        want[std::size_t((tap * s.C + c) * s.K + j)] += u[std::size_t(from * s.C + c)] * dy[std::size_t(to * s.K + j)];
+  });
+  CHECK(close(dw, want, exact ? 0 : sum_bound<T>()));
+  if (exact) return;
+  in_another_order([&] { k.conv3x3_backward_weight(again.data(), dz.data(), x.data(), known, before, s.window()); });
+  CHECK(same_bits(dw, again));
+}
+
+// ---- block output -------------------------------------------------------------------------------------------------
+
+enum class Round { nothing, identity, option_a, projection };
+
+template <class T>
+void test_block_output(const Kernels<T>& k, int N, int H, int W_, int C, Round round) {
+  using W = Wide<T>;
+  const bool a = round == Round::option_a;
+  const int M = N * H * W_, from_H = a ? 2 * H - 1 : H, from_W = a ? 2 * W_ : W_, from_C = a ? C / 2 : C;
+  const int before = (C - from_C) / 2, stride = a ? 2 : 1;
+  Array<T> x(M * C), y(M * C), z(N * from_H * from_W * from_C);
+  fill_uniform(x, 1);
+  fill_uniform(z, 2);
+  fill_nan(y);
+  Parameters<W> bn(C, false), of_z(C, true);
+  const Shortcut<T> shortcut{round == Round::nothing ? nullptr : z.data(), from_H, from_W, from_C, stride, before};
+  k.block_output(y.data(), x.data(), bn.template known<T>(), shortcut,
+                 round == Round::projection ? of_z.template known<T>() : BatchNorm<T>{}, N, H, W_, C);
+  wait();
+  Doubles want(std::size_t(M * C));
+  for (int i = 0; i < M * C; i++) {
+    const int c = i % C, v = i / C % W_, h = i / C / W_ % H, n = i / C / W_ / H;
+    double sum = double(bn.gamma[c]) * (value(x[i]) - double(bn.mean[c])) * double(bn.inv_std[c]) + double(bn.beta[c]);
+    if (round != Round::nothing && c >= before && c < before + from_C) {
+      double more = value(z[((n * from_H + h * stride) * from_W + v * stride) * from_C + c - before]);
+      if (round == Round::projection)
+        more = double(of_z.gamma[c]) * (more - double(of_z.mean[c])) * double(of_z.inv_std[c]) + double(of_z.beta[c]);
+      sum += more;
+    }
+    want[std::size_t(i)] = std::fmax(0, sum);
+  }
+  CHECK(close(y, want, sizeof(T) == 2 ? 1 : 16));
+
+  // Its gradient: mask, and rows of sums.
+  Array<T> dy(M * C), dz(M * C);
+  fill_uniform(dy, 3);
+  fill_nan(dz);
+  const i64 count = k.block_output_rows(M, C);
+  Array<W> rows(int(count) * 2 * C), sums(2 * C);
+  fill_nan(rows);
+  k.block_output_backward(dz.data(), rows.data(), dy.data(), y.data(), x.data(), bn.mean.data(), M, C);
+  wait();
+  Doubles want_dz(std::size_t(M * C)), want_sums(std::size_t(2 * C));
+  for (int i = 0; i < M * C; i++) {
+    const std::size_t c = std::size_t(i % C);
+    want_dz[std::size_t(i)] = value(y[i]) > 0 ? value(dy[i]) : 0;
+    want_sums[c] += want_dz[std::size_t(i)];
+    want_sums[c + std::size_t(C)] += want_dz[std::size_t(i)] * (value(x[i]) - double(bn.mean[i % C]));
+  }
+  for (int i = 0; i < 2 * C; i++) {
+    double sum = 0;
+    for (i64 row = 0; row < count; row++) sum += double(rows[int(row) * 2 * C + i]);
+    sums[i] = W(sum);
+  }
+  CHECK(close(dz, want_dz, 0) && close(sums, want_sums, 64));
+}
+
 // ---- all ----------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -380,12 +467,19 @@ void test_all() {
       test_backward_input(k, s, Mask::none, false, exact);
       test_backward_input(k, s, Mask::output, false, exact);
       test_backward_input(k, s, Mask::batch_norm, true, exact);
+      for (const bool transforms : {false, true}) test_backward_weight(k, s, transforms, exact);
     }
   if (sizeof(T) == 2)
     for (const Case& s : LARGE) {
       test_forward(k, s, true, true);
       test_backward_input(k, s, Mask::output, true, true);
+      test_backward_weight(k, s, true, true);
     }
+  for (const Round round : {Round::nothing, Round::identity, Round::option_a, Round::projection}) {
+    test_block_output(k, 2, 5, 7, 32, round);
+    test_block_output(k, 3, 4, 3, 64, round);
+  }
+  test_block_output(k, 31, 9, 16, 256, Round::identity);  // rows of many pixels
   for (const Case& s : {Case{3, 5, 7, 16, 32, 1}, Case{4, 9, 4, 32, 64, 2}, Case{9, 6, 6, 16, 16, 1}}) {
     test_statistics(k, s, 0);
     test_statistics(k, s, 2);  // a mean that is large beside the deviation
