@@ -57,6 +57,12 @@ constexpr int ROW_CHANNELS = MULTIPROCESSORS * 32;  // channels of all rows toge
 constexpr int SHARED_BYTES = 160 * 1024;            // of a block, dynamic; an A100 has 163 KB
 constexpr int SMALLEST_TILE = 32;                   // pixels: what a warp takes
 
+// How many blocks each multiprocessor is meant to run at once; two share its registers.
+template <class T>
+constexpr int blocks_at_once(int out_channels) {
+  return sizeof(T) < 8 && out_channels == 16 ? 2 : 1;
+}
+
 // ---- elements -----------------------------------------------------------------------------------------------------
 
 // What tiles hold: floats are rounded to tf32 as they are laid down.
@@ -184,55 +190,51 @@ __device__ void load_gradient(W* a, W* b, W* c, const BatchNormGradient<T>& bn, 
   c[t] = fma(-b[t], mean, -a[t] * (dbeta / W(M)));
 }
 
-// Reads a pack of x (or of dz and y) and makes of it a pack of u (or of dy). Coefficients stand in shared memory:
-// scale and shift, or a, b and c, `channels` of each.
-template <class T, bool GRADIENT>
-class Loader {
+// Reads packs of x (or of dz and y) and makes of them packs of u (or of dy). Coefficients stand in shared memory: scale
+// and shift, or a, b and c, `channels` of each. They are read again for every few packs: kept in registers, they would
+// take those that the sums need.
+template <class T, bool GRADIENT, int PACKS = GRADIENT ? 2 : 4>
+struct Loader {
   using W = Wide<T>;
-
- public:
+  static constexpr int BATCH = PACKS;  // which are on their way at once
   struct Raw {
     Pack<T, V<T>> x, y;
   };
 
-  __device__ Loader(const T* x, const T* y, bool transforms, const W* coefficients, int channels, int channel)
-      : x_(x), y_(y), transforms_(transforms) {
-    if (!transforms) return;
-#pragma unroll
-    for (int v = 0; v < V<T>; v++) {
-      first_[v] = coefficients[channel + v];
-      second_[v] = coefficients[channels + channel + v];
-      if constexpr (GRADIENT) third_[v] = coefficients[2 * channels + channel + v];
-    }
-  }
+  const T *x, *y;
+  bool transforms;
+  const W* coefficients;
+  int channels, first, all;  // first: of the tile's channels, in the tensor, which has `all`
 
-  __device__ Raw load(i64 at) const {
+  __device__ Raw load(int pixel, int channel) const {
+    const i64 at = i64(pixel) * all + first + channel;
     Raw raw;
-    raw.x = pack_at<Pack<T, V<T>>>(x_ + at);
-    if (GRADIENT && transforms_) raw.y = pack_at<Pack<T, V<T>>>(y_ + at);
+    raw.x = pack_at<Pack<T, V<T>>>(x + at);
+    if (GRADIENT && transforms) raw.y = pack_at<Pack<T, V<T>>>(y + at);
     return raw;
   }
 
-  __device__ Pack<Cell<T>, V<T>> cells(const Raw& raw) const {
-    Pack<Cell<T>, V<T>> out;
+  __device__ void cells(Pack<Cell<T>, V<T>> (&out)[BATCH], const Raw (&raw)[BATCH], int channel) const {
+    constexpr int FEW = V<T> < 4 ? V<T> : 4;
 #pragma unroll
-    for (int v = 0; v < V<T>; v++) {
-      W value = wide(raw.x.at[v]);
-      if (transforms_) {
-        if constexpr (GRADIENT)
-          value = fma(first_[v], value, fma(second_[v], wide(raw.y.at[v]), third_[v]));
-        else
-          value = relu(affine(value, first_[v], second_[v]));
+    for (int v = 0; v < V<T>; v += FEW) {
+      Pack<W, FEW> k[3] = {};
+#pragma unroll
+      for (int i = 0; i < (GRADIENT ? 3 : 2); i++)
+        if (transforms) k[i] = pack_at<Pack<W, FEW>>(coefficients + i * channels + channel + v);
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+#pragma unroll
+        for (int j = 0; j < FEW; j++) {
+          W value = wide(raw[b].x.at[v + j]);
+          if (transforms)
+            value = GRADIENT ? fma(k[0].at[j], value, fma(k[1].at[j], wide(raw[b].y.at[v + j]), k[2].at[j]))
+                             : relu(affine(value, k[0].at[j], k[1].at[j]));
+          out[b].at[v + j] = cell<T>(value);
+        }
       }
-      out.at[v] = cell<T>(value);
     }
-    return out;
   }
-
- private:
-  const T *x_, *y_;
-  bool transforms_;
-  W first_[V<T>], second_[V<T>], third_[V<T>];
 };
 
 // ---- tiles --------------------------------------------------------------------------------------------------------
@@ -273,29 +275,29 @@ __device__ inline Place pixel_of(const Geometry& g, const Place& corner, int m) 
           corner.j + (m & ((1 << g.log_width) - 1))};
 }
 
-// Lays `count` pixels of `CHANNELS` channels, of which the tensor has C, into a tile. where(i) is the tensor's number
-// of pixel i, or -1 for zeros.
-template <int CHANNELS, int PITCH, class T, bool GRADIENT, class Where>
-__device__ void fill(Cell<T>* tile, int count, const Loader<T, GRADIENT>& loader, i64 C, int first_channel,
-                     const Where& where) {
-  constexpr int PACKS = CHANNELS / V<T>, STRIDE = THREADS / PACKS, BATCH = 4;  // so many loads on their way at once
+// Lays `count` pixels of CHANNELS channels into a tile. where(i) is the tensor's number of pixel i, or -1 for zeros.
+template <int CHANNELS, int PITCH, class T, bool GRADIENT, int BATCH, class Where>
+__device__ void fill(Cell<T>* tile, int count, const Loader<T, GRADIENT, BATCH>& loader, const Where& where) {
+  using L = Loader<T, GRADIENT, BATCH>;
+  constexpr int PACKS = CHANNELS / V<T>, STRIDE = THREADS / PACKS;
   const int channel = int(threadIdx.x) % PACKS * V<T>;
   for (int start = int(threadIdx.x) / PACKS; start < count; start += BATCH * STRIDE) {
-    typename Loader<T, GRADIENT>::Raw raw[BATCH];
+    typename L::Raw raw[BATCH] = {};
     bool inside[BATCH];
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       const int i = start + b * STRIDE;
-      const i64 pixel = i < count ? where(i) : -1;
+      const int pixel = i < count ? where(i) : -1;
       inside[b] = pixel >= 0;
-      if (inside[b]) raw[b] = loader.load(pixel * C + first_channel + channel);
+      if (inside[b]) raw[b] = loader.load(pixel, channel);
     }
+    Pack<Cell<T>, V<T>> out[BATCH];
+    loader.cells(out, raw, channel);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       const int i = start + b * STRIDE;
-      Pack<Cell<T>, V<T>> out{};
-      if (inside[b]) out = loader.cells(raw[b]);
-      if (i < count) pack_at<Pack<Cell<T>, V<T>>>(tile + i * PITCH + channel) = out;
+      if (i < count)
+        pack_at<Pack<Cell<T>, V<T>>>(tile + i * PITCH + channel) = inside[b] ? out[b] : Pack<Cell<T>, V<T>>{};
     }
   }
 }
@@ -305,12 +307,12 @@ struct InputPixels {
   const Geometry& g;
   Place corner;
 
-  __device__ i64 operator()(int i) const {
+  __device__ int operator()(int i) const {
     const int line = int(u32(i) * g.by_columns >> 20), column = i - line * g.columns;
     const int image = int(u32(line) * g.by_rows >> 20), row = line - image * g.rows;
     const int right = g.step == 1 ? column : column < g.half ? 2 * column : 2 * (column - g.half) + 1;
     const int n = corner.n + image, h = corner.i * g.step - g.border + row, v = corner.j * g.step - g.border + right;
-    return n < g.N && within(h, g.H) && within(v, g.W) ? (i64(n) * g.H + h) * g.W + v : -1;
+    return n < g.N && within(h, g.H) && within(v, g.W) ? (n * g.H + h) * g.W + v : -1;
   }
 };
 
@@ -325,9 +327,9 @@ struct OutputPixels {
     return {at.n, at.i * g.apart + row, at.j * g.apart + column};
   }
   __device__ bool exists(const Place& at) const { return at.n < g.N && at.i < g.P && at.j < g.Q; }
-  __device__ i64 operator()(int m) const {
+  __device__ int operator()(int m) const {
     const Place at = place(m);
-    return exists(at) ? (i64(at.n) * g.P + at.i) * g.Q + at.j : -1;
+    return exists(at) ? (at.n * g.P + at.i) * g.Q + at.j : -1;
   }
 };
 
@@ -470,7 +472,7 @@ struct Nothing {};
 
 // y (N, P, Q, out_channels) from x (N, H, W, IN): of a forward pass, or dx from dz.
 template <class T, int IN, int OUT, bool BACKWARD, class Load, class Finish>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
     convolve(T* y, Wide<T>* rows, const T* __restrict__ x, const T* __restrict__ w, int out_channels,
              const __grid_constant__ Geometry g, const __grid_constant__ Load load,
              const __grid_constant__ Finish input) {
@@ -527,8 +529,7 @@ __global__ void __launch_bounds__(THREADS)
   for (int number = int(blockIdx.x); number < g.tiles; number += int(gridDim.x)) {
     const Place corner = corner_of(g, number);
     __syncthreads();  // the coefficients are there, and nobody reads the last tile any more
-    const int channel = t % (IN / V<T>)*V<T>;
-    fill<IN, L::PITCH>(tile, g.inputs, Loader<T, BACKWARD>(x, raw, transforms, coefficients, IN, channel), IN, 0,
+    fill<IN, L::PITCH>(tile, g.inputs, Loader<T, BACKWARD>{x, raw, transforms, coefficients, IN, 0, IN},
                        InputPixels{g, corner});
     __syncthreads();
     if (!works) continue;
@@ -558,13 +559,13 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int h = 0; h < HEIGHT; h++) {
         const Place place = outputs.place(pixel0 + h * 16 + octet_row());
-        const i64 pixel = (i64(place.n) * g.P + place.i) * g.Q + place.j;
+        const int pixel = (place.n * g.P + place.i) * g.Q + place.j;  // may be none
         const bool exists = outputs.exists(place);
 #pragma unroll
         for (int n = 0; n < S::COLUMNS; n++) {
           const Octet<W> octet = octet_of(sum[h][n]);
           const int c = column + n * 16 + octet_column();
-          const i64 at = pixel * out_channels + first + c;
+          const i64 at = i64(pixel) * out_channels + first + c;
           if (!exists) continue;
           if constexpr (BACKWARD)
             finish(total[n], y, place, at, first + c, octet, input, before + c, OUT);
@@ -777,7 +778,7 @@ struct WeightLayout {
 };
 
 template <class T, int C_BLOCK, int K_BLOCK>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, blocks_at_once<T>(C_BLOCK* K_BLOCK / 16))
     weight_gradient(Wide<T>* __restrict__ slabs, const T* __restrict__ dz, const T* __restrict__ x, int C, int K,
                     const __grid_constant__ Geometry g, const __grid_constant__ BatchNormGradient<T> gradient,
                     const __grid_constant__ BatchNorm<T> bn) {
@@ -801,17 +802,17 @@ __global__ void __launch_bounds__(THREADS)
 
   const int warp = t / WARP, square = warp % S::SQUARES, group = warp / S::SQUARES;
   const int c = square / (K_BLOCK / 16) * 16, k = square % (K_BLOCK / 16) * 16;
+  const int right = g.offset[1] * L::X_PITCH, far_right = g.offset[2] * L::X_PITCH, down = g.offset[3] * L::X_PITCH;
   W sum[TAPS][2][4] = {};
   for (int number = int(blockIdx.x); number < g.tiles; number += int(gridDim.x)) {
     const Place corner = corner_of(g, number);
     __syncthreads();
-    const int x_channel = t % (C_BLOCK / V<T>)*V<T>, y_channel = t % (K_BLOCK / V<T>)*V<T>;
     fill<C_BLOCK, L::X_PITCH>(x_tile, g.inputs,
-                              Loader<T, false>(x, nullptr, normalised, coefficients, C_BLOCK, x_channel), C, c_first,
+                              Loader<T, false, C_BLOCK / 8>{x, nullptr, normalised, coefficients, C_BLOCK, c_first, C},
                               InputPixels{g, corner});
-    fill<K_BLOCK, L::Y_PITCH>(y_tile, g.pixels,
-                              Loader<T, true>(dz, gradient.y, transforms, of_gradient, K_BLOCK, y_channel), K, k_first,
-                              OutputPixels{g, corner, 0, 0});
+    fill<K_BLOCK, L::Y_PITCH>(
+        y_tile, g.pixels, Loader<T, true, K_BLOCK / 16>{dz, gradient.y, transforms, of_gradient, K_BLOCK, k_first, K},
+        OutputPixels{g, corner, 0, 0});
     __syncthreads();
     for (int m = group * F::DEPTH; m < g.pixels; m += S::GROUPS * F::DEPTH) {
       F dy;
@@ -820,7 +821,7 @@ __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int tap = 0; tap < TAPS; tap++) {
         F u;
-        u.load_across(own + g.offset[tap] * L::X_PITCH, L::X_PITCH);
+        u.load_across(own + tap / 3 * down + (tap % 3 == 0 ? 0 : tap % 3 == 1 ? right : far_right), L::X_PITCH);
         multiply_add(sum[tap], u, dy);
       }
     }
