@@ -55,11 +55,12 @@ constexpr int TAPS = 9, THREADS = 256, WARPS = THREADS / WARP;
 constexpr int MULTIPROCESSORS = 132;                // of an H100 or H200
 constexpr int ROW_CHANNELS = MULTIPROCESSORS * 32;  // channels of all rows together
 constexpr int SHARED_BYTES = 160 * 1024;            // of a block, dynamic; an A100 has 163 KB
+constexpr int ROWS_AT_ONCE = 16;                    // whose loads a thread has on their way
 constexpr int SMALLEST_TILE = 32;                   // pixels: what a warp takes
 
 // How many blocks each multiprocessor is meant to run at once; two share its registers.
 template <class T>
-constexpr int blocks_at_once(int out_channels) {
+__host__ __device__ constexpr int blocks_at_once(int out_channels) {
   return sizeof(T) < 8 && out_channels == 16 ? 2 : 1;
 }
 
@@ -135,11 +136,21 @@ __device__ void load_batch_norm(W* scale, W* shift, const BatchNorm<T>& bn, int 
   if (bn.row_count) {
     const W origin = bn.rows[c];
     RowSums<W> sums{};
-#pragma unroll 8
-    for (int row = t / channels; row < int(bn.row_count); row += lanes) {
-      const W n = bn.rows[2 * bn.row_count * C + row];
-      const W apart = bn.rows[2 * row * C + c] - origin, m2 = bn.rows[(2 * row + 1) * C + c];
-      sums = sums(sums, {n, n * apart, fma(n * apart, apart, m2)});
+    for (int start = t / channels; start < int(bn.row_count); start += ROWS_AT_ONCE * lanes) {
+      W n[ROWS_AT_ONCE], at[ROWS_AT_ONCE], m2[ROWS_AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < ROWS_AT_ONCE; i++) {
+        const int row = start + i * lanes;
+        const bool exists = row < bn.row_count;
+        n[i] = exists ? bn.rows[2 * bn.row_count * C + row] : W(0);
+        at[i] = exists ? bn.rows[2 * row * C + c] : origin;
+        m2[i] = exists ? bn.rows[(2 * row + 1) * C + c] : W(0);
+      }
+#pragma unroll
+      for (int i = 0; i < ROWS_AT_ONCE; i++) {
+        const W apart = at[i] - origin;
+        sums = sums(sums, {n[i], n[i] * apart, fma(n[i] * apart, apart, m2[i])});
+      }
     }
     sums = join_threads(sums, channels, lanes, sums);
     if (t < channels) {
@@ -169,9 +180,18 @@ __device__ void load_gradient(W* a, W* b, W* c, const BatchNormGradient<T>& bn, 
   W dgamma = 0, dbeta = 0;
   if (bn.row_count) {
     Sums<W, 1> sums{};
-#pragma unroll 8
-    for (int row = t / channels; row < int(bn.row_count); row += lanes)
-      sums.merge({{bn.rows[2 * row * C + channel]}, {bn.rows[(2 * row + 1) * C + channel]}});
+    for (int start = t / channels; start < int(bn.row_count); start += ROWS_AT_ONCE * lanes) {
+      Sums<W, 1> row_sums[ROWS_AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < ROWS_AT_ONCE; i++) {
+        const int row = start + i * lanes;
+        const bool exists = row < bn.row_count;
+        row_sums[i].g[0] = exists ? bn.rows[2 * row * C + channel] : W(0);
+        row_sums[i].gx[0] = exists ? bn.rows[(2 * row + 1) * C + channel] : W(0);
+      }
+#pragma unroll
+      for (int i = 0; i < ROWS_AT_ONCE; i++) sums.merge(row_sums[i]);
+    }
     sums = join_threads(sums, channels, lanes, [](Sums<W, 1> x, const Sums<W, 1>& y) {
       x.merge(y);
       return x;
@@ -193,10 +213,10 @@ __device__ void load_gradient(W* a, W* b, W* c, const BatchNormGradient<T>& bn, 
 // Reads packs of x (or of dz and y) and makes of them packs of u (or of dy). Coefficients stand in shared memory: scale
 // and shift, or a, b and c, `channels` of each. They are read again for every few packs: kept in registers, they would
 // take those that the sums need.
-template <class T, bool GRADIENT, int PACKS = GRADIENT ? 2 : 4>
+// BATCH of them are on their way at once.
+template <class T, bool GRADIENT, int BATCH>
 struct Loader {
   using W = Wide<T>;
-  static constexpr int BATCH = PACKS;  // which are on their way at once
   struct Raw {
     Pack<T, V<T>> x, y;
   };
@@ -482,7 +502,8 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
   using F = typename L::F;
   using Total = std::conditional_t<BACKWARD, Sums<W, OCTET>, Statistics<W>>;
   using Part = std::conditional_t<BACKWARD, Sums<W, 1>, Moments<W, 1>>;
-  constexpr int HEIGHT = 2;  // fragments of 16 pixels
+  constexpr int HEIGHT = 2;                                                                 // fragments of 16 pixels
+  constexpr int BATCH = IN == 16 ? 3 : blocks_at_once<T>(OUT) == 2 ? 2 : BACKWARD ? 4 : 6;  // loads of a thread
 
   SmemArena arena;
   Cell<T>* tile = arena.take<Cell<T>>(g.inputs * L::PITCH);
@@ -529,7 +550,7 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
   for (int number = int(blockIdx.x); number < g.tiles; number += int(gridDim.x)) {
     const Place corner = corner_of(g, number);
     __syncthreads();  // the coefficients are there, and nobody reads the last tile any more
-    fill<IN, L::PITCH>(tile, g.inputs, Loader<T, BACKWARD>{x, raw, transforms, coefficients, IN, 0, IN},
+    fill<IN, L::PITCH>(tile, g.inputs, Loader<T, BACKWARD, BATCH>{x, raw, transforms, coefficients, IN, 0, IN},
                        InputPixels{g, corner});
     __syncthreads();
     if (!works) continue;
