@@ -10,19 +10,8 @@
 //   backward_input   dy = a * dz + b * y + c as dz and y are loaded; ReLU's mask, the shortcut's gradient and the sums
 //                    for the next batch norm as dx is stored
 //   backward_weight  both transforms, as both operands are loaded
-//   block_output     relu(batch norm + shortcut), the one pass that is left
 //
 // Padding stays zero: it is no pixel of x, and batch norm and ReLU do not apply to it.
-//
-// Batch norm, with m = mean, r = inv_std and M pixels: u = gamma r (y - m) + beta = y * scale + shift. Its gradient
-// (Ioffe and Szegedy 2015, section 3), with the sums S = sum dz and D = sum dz (y - m), so dbeta = S, dgamma = r D, is
-//
-//   dy = gamma r (dz - S / M - (y - m) r r D / M) = a dz + b y + c,
-//   a = gamma r,  b = -a r dgamma / M,  c = -a dbeta / M - b m.
-//
-// y * scale + shift loses what y - m would keep only where |m| is so large that y itself, rounded when it was stored,
-// has lost as much. Every kernel works it out with the same fused multiply-add, so that backward finds the mask that
-// forward had.
 //
 // How a block works (convolve). It takes tiles of outputs, `pixels` of them: 8 rows by 32, 16 by 16, or several whole
 // images. The inputs that these meet, a border of one pixel included, are loaded once, transformed and laid in shared
@@ -36,322 +25,20 @@
 // What nvcc 13.0 makes of it and what it costs, bf16 (tf32), at a batch of 128:
 // COST_TABLE
 //
-// Sums over a whole tensor are left as one row a block (kernels.h) and added by every block that reads them. The number
-// of blocks is bounded so that the rows take 34 KB at most; read from the L2 cache by at most 264 blocks that is 9 MB
-// for 16 channels and 4.5 MB for more, under 2 us.
-//
 //   N batch, H W input size, C channels, K filters, P Q output size; `in` and `out` are as the product sees them: in
 //   backward_input, in is of dy and out of dx.
-#include <type_traits>
-
-#include "fragments.h"
-#include "join.h"
-#include "moments.h"
+#include "conv3x3_tile.h"
 
 namespace tinyres {
 namespace {
 
-constexpr int TAPS = 9, THREADS = 256, WARPS = THREADS / WARP;
-constexpr int MULTIPROCESSORS = 132;                // of an H100 or H200
-constexpr int ROW_CHANNELS = MULTIPROCESSORS * 32;  // channels of all rows together
-constexpr int SHARED_BYTES = 160 * 1024;            // of a block, dynamic; an A100 has 163 KB
-constexpr int ROWS_AT_ONCE = 16;                    // whose loads a thread has on their way
-constexpr int SMALLEST_TILE = 32;                   // pixels: what a warp takes
+constexpr int WARPS = THREADS / WARP;
 
 // How many blocks each multiprocessor is meant to run at once; two share its registers.
 template <class T>
 __host__ __device__ constexpr int blocks_at_once(int out_channels) {
   return sizeof(T) < 8 && out_channels == 16 ? 2 : 1;
 }
-
-// ---- elements -----------------------------------------------------------------------------------------------------
-
-// What tiles hold: floats are rounded to tf32 as they are laid down.
-template <class T>
-using Cell = std::conditional_t<std::is_same_v<T, float>, tf32, T>;
-
-template <class T>
-__device__ inline Cell<T> cell(Wide<T> x) {
-  if constexpr (std::is_same_v<T, float>)
-    return tf32{to_tf32(x)};
-  else
-    return narrow<T>(x);
-}
-
-// Neighbouring channels, moved 16 bytes at once.
-template <class Element, int COUNT>
-struct alignas(16) Pack {
-  Element at[COUNT];
-};
-template <class T>
-constexpr int V = 16 / int(sizeof(T));
-
-template <class P, class T>
-__device__ inline P& pack_at(T* p) {
-  return *reinterpret_cast<P*>(p);
-}
-template <class P, class T>
-__device__ inline const P& pack_at(const T* p) {
-  return *reinterpret_cast<const P*>(p);
-}
-
-// Batch norm of one number: everywhere the same bits.
-template <class W>
-__device__ inline W affine(W x, W scale, W shift) {
-  return fma(x, scale, shift);
-}
-
-template <class W>
-__device__ inline W relu(W x) {
-  return 0 > x ? W(0) : x;  // NaN stays
-}
-
-__device__ inline bool within(int i, int size) { return unsigned(i) < unsigned(size); }
-
-// ---- batch norm as it is loaded -----------------------------------------------------------------------------------
-
-template <class W>
-__device__ inline void set_affine(W& scale, W& shift, W gamma, W beta, W mean, W inv_std) {
-  scale = gamma * inv_std;
-  shift = fma(-mean, scale, beta);
-}
-
-// Of a set of rows, about an origin near their means: then nothing is lost by summing instead of merging.
-template <class W>
-struct RowSums {
-  W n, apart, m2;  // pixels; the sum of their distances from the origin, and of the squares
-
-  __device__ RowSums operator()(const RowSums& a, const RowSums& b) const {
-    return {a.n + b.n, a.apart + b.apart, a.m2 + b.m2};
-  }
-};
-
-// scale and shift (channels) for the channels from `first` on, of C; the whole block takes part. `publish`: this is the
-// block that keeps the statistics.
-template <class T, class W = Wide<T>>
-__device__ void load_batch_norm(W* scale, W* shift, const BatchNorm<T>& bn, int C, int first, int channels,
-                                bool publish) {
-  const int t = int(threadIdx.x), c = first + t % channels, lanes = THREADS / channels;
-  W mean = 0, inv_std = 0;
-  if (bn.row_count) {
-    const W origin = bn.rows[c];
-    RowSums<W> sums{};
-    for (int start = t / channels; start < int(bn.row_count); start += ROWS_AT_ONCE * lanes) {
-      W n[ROWS_AT_ONCE], at[ROWS_AT_ONCE], m2[ROWS_AT_ONCE];
-#pragma unroll
-      for (int i = 0; i < ROWS_AT_ONCE; i++) {
-        const int row = start + i * lanes;
-        const bool exists = row < bn.row_count;
-        n[i] = exists ? bn.rows[2 * bn.row_count * C + row] : W(0);
-        at[i] = exists ? bn.rows[2 * row * C + c] : origin;
-        m2[i] = exists ? bn.rows[(2 * row + 1) * C + c] : W(0);
-      }
-#pragma unroll
-      for (int i = 0; i < ROWS_AT_ONCE; i++) {
-        const W apart = at[i] - origin;
-        sums = sums(sums, {n[i], n[i] * apart, fma(n[i] * apart, apart, m2[i])});
-      }
-    }
-    sums = join_threads(sums, channels, lanes, sums);
-    if (t < channels) {
-      const double n = sums.n, offset = sums.apart / n, m2 = sums.m2 - sums.apart * offset;
-      const double var = m2 < 0 ? 0 : m2 / n, mean64 = origin + offset;
-      mean = W(mean64), inv_std = W(1 / sqrt(var + bn.eps));
-      if (publish) {
-        bn.mean[c] = mean;
-        bn.inv_std[c] = inv_std;
-        const double old = 1 - bn.momentum, unbiased = n > 1 ? var * (n / (n - 1)) : var;
-        if (bn.running_mean) bn.running_mean[c] = W(old * double(bn.running_mean[c]) + bn.momentum * mean64);
-        if (bn.running_var) bn.running_var[c] = W(old * double(bn.running_var[c]) + bn.momentum * unbiased);
-      }
-    }
-  } else if (t < channels) {
-    mean = bn.mean[c], inv_std = bn.inv_std[c];
-  }
-  if (t < channels) set_affine(scale[t], shift[t], bn.gamma[c], bn.beta[c], mean, inv_std);
-}
-
-// a, b and c (channels) of dy = a dz + b y + c, likewise; M pixels of y.
-template <class T, class W = Wide<T>>
-__device__ void load_gradient(W* a, W* b, W* c, const BatchNormGradient<T>& bn, int C, int first, int channels, i64 M,
-                              bool publish) {
-  const int t = int(threadIdx.x), channel = first + t % channels, lanes = THREADS / channels;
-  const W mean = bn.mean[channel], inv_std = bn.inv_std[channel];
-  W dgamma = 0, dbeta = 0;
-  if (bn.row_count) {
-    Sums<W, 1> sums{};
-    for (int start = t / channels; start < int(bn.row_count); start += ROWS_AT_ONCE * lanes) {
-      Sums<W, 1> row_sums[ROWS_AT_ONCE];
-#pragma unroll
-      for (int i = 0; i < ROWS_AT_ONCE; i++) {
-        const int row = start + i * lanes;
-        const bool exists = row < bn.row_count;
-        row_sums[i].g[0] = exists ? bn.rows[2 * row * C + channel] : W(0);
-        row_sums[i].gx[0] = exists ? bn.rows[(2 * row + 1) * C + channel] : W(0);
-      }
-#pragma unroll
-      for (int i = 0; i < ROWS_AT_ONCE; i++) sums.merge(row_sums[i]);
-    }
-    sums = join_threads(sums, channels, lanes, [](Sums<W, 1> x, const Sums<W, 1>& y) {
-      x.merge(y);
-      return x;
-    });
-    dgamma = sums.gx[0] * inv_std, dbeta = sums.g[0];
-    if (publish && t < channels) {
-      bn.dgamma[channel] = dgamma;
-      bn.dbeta[channel] = dbeta;
-    }
-  } else if (t < channels) {
-    dgamma = bn.dgamma[channel], dbeta = bn.dbeta[channel];
-  }
-  if (t >= channels) return;
-  a[t] = bn.gamma[channel] * inv_std;
-  b[t] = -a[t] * inv_std * (dgamma / W(M));
-  c[t] = fma(-b[t], mean, -a[t] * (dbeta / W(M)));
-}
-
-// Reads packs of x (or of dz and y) and makes of them packs of u (or of dy). Coefficients stand in shared memory: scale
-// and shift, or a, b and c, `channels` of each. They are read again for every few packs: kept in registers, they would
-// take those that the sums need.
-// BATCH of them are on their way at once.
-template <class T, bool GRADIENT, int BATCH>
-struct Loader {
-  using W = Wide<T>;
-  struct Raw {
-    Pack<T, V<T>> x, y;
-  };
-
-  const T *x, *y;
-  bool transforms;
-  const W* coefficients;
-  int channels, first, all;  // first: of the tile's channels, in the tensor, which has `all`
-
-  __device__ Raw load(int pixel, int channel) const {
-    const i64 at = i64(pixel) * all + first + channel;
-    Raw raw;
-    raw.x = pack_at<Pack<T, V<T>>>(x + at);
-    if (GRADIENT && transforms) raw.y = pack_at<Pack<T, V<T>>>(y + at);
-    return raw;
-  }
-
-  __device__ void cells(Pack<Cell<T>, V<T>> (&out)[BATCH], const Raw (&raw)[BATCH], int channel) const {
-    constexpr int FEW = V<T> < 4 ? V<T> : 4;
-#pragma unroll
-    for (int v = 0; v < V<T>; v += FEW) {
-      Pack<W, FEW> k[3] = {};
-#pragma unroll
-      for (int i = 0; i < (GRADIENT ? 3 : 2); i++)
-        if (transforms) k[i] = pack_at<Pack<W, FEW>>(coefficients + i * channels + channel + v);
-#pragma unroll
-      for (int b = 0; b < BATCH; b++) {
-#pragma unroll
-        for (int j = 0; j < FEW; j++) {
-          W value = wide(raw[b].x.at[v + j]);
-          if (transforms)
-            value = GRADIENT ? fma(k[0].at[j], value, fma(k[1].at[j], wide(raw[b].y.at[v + j]), k[2].at[j]))
-                             : relu(affine(value, k[0].at[j], k[1].at[j]));
-          out[b].at[v + j] = cell<T>(value);
-        }
-      }
-    }
-  }
-};
-
-// ---- tiles --------------------------------------------------------------------------------------------------------
-
-// Where outputs, the inputs that they meet, and taps lie. Outputs are numbered in a grid for each class; without
-// classes that is the image.
-struct Geometry {
-  int N, H, W, P, Q;                  // images; inputs and outputs of one
-  int step, apart;                    // inputs between the centres of neighbours in the grid; outputs between them
-  int border;                         // inputs that stand before the first centre
-  int log_width, log_height, pixels;  // of a tile, in the grid; over all its images
-  int rows, columns, half, inputs;    // of a tile's inputs; where the odd columns begin; over all its images
-  int down, across, tiles;            // tiles of an image, and of all
-  u32 by_rows, by_columns;            // 2^20 / rows and 2^20 / columns, rounded up
-  int classes, begin[5];              // the taps of class i are begin[i] to begin[i + 1]
-  int offset[TAPS], tap[TAPS];        // of a tap: from a centre to its input, in the tile; its weights
-
-  // The input under the first tap for pixel m of the tile.
-  __device__ int place(int m) const {
-    const int j = m & ((1 << log_width) - 1), i = m >> log_width & ((1 << log_height) - 1);
-    return ((m >> (log_width + log_height)) * rows + i * step) * columns + j;
-  }
-};
-
-// A pixel of the grid, or of the inputs.
-struct Place {
-  int n, i, j;
-};
-
-__device__ inline Place corner_of(const Geometry& g, int tile) {
-  const int j = tile % g.across, rest = tile / g.across;
-  return {rest / g.down * (g.pixels >> (g.log_width + g.log_height)), rest % g.down << g.log_height, j << g.log_width};
-}
-
-// Pixel m of the tile.
-__device__ inline Place pixel_of(const Geometry& g, const Place& corner, int m) {
-  return {corner.n + (m >> (g.log_width + g.log_height)), corner.i + (m >> g.log_width & ((1 << g.log_height) - 1)),
-          corner.j + (m & ((1 << g.log_width) - 1))};
-}
-
-// Lays `count` pixels of CHANNELS channels into a tile. where(i) is the tensor's number of pixel i, or -1 for zeros.
-template <int CHANNELS, int PITCH, class T, bool GRADIENT, int BATCH, class Where>
-__device__ void fill(Cell<T>* tile, int count, const Loader<T, GRADIENT, BATCH>& loader, const Where& where) {
-  using L = Loader<T, GRADIENT, BATCH>;
-  constexpr int PACKS = CHANNELS / V<T>, STRIDE = THREADS / PACKS;
-  const int channel = int(threadIdx.x) % PACKS * V<T>;
-  for (int start = int(threadIdx.x) / PACKS; start < count; start += BATCH * STRIDE) {
-    typename L::Raw raw[BATCH] = {};
-    bool inside[BATCH];
-#pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      const int i = start + b * STRIDE;
-      const int pixel = i < count ? where(i) : -1;
-      inside[b] = pixel >= 0;
-      if (inside[b]) raw[b] = loader.load(pixel, channel);
-    }
-    Pack<Cell<T>, V<T>> out[BATCH];
-    loader.cells(out, raw, channel);
-#pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      const int i = start + b * STRIDE;
-      if (i < count)
-        pack_at<Pack<Cell<T>, V<T>>>(tile + i * PITCH + channel) = inside[b] ? out[b] : Pack<Cell<T>, V<T>>{};
-    }
-  }
-}
-
-// The inputs of a tile.
-struct InputPixels {
-  const Geometry& g;
-  Place corner;
-
-  __device__ int operator()(int i) const {
-    const int line = int(u32(i) * g.by_columns >> 20), column = i - line * g.columns;
-    const int image = int(u32(line) * g.by_rows >> 20), row = line - image * g.rows;
-    const int right = g.step == 1 ? column : column < g.half ? 2 * column : 2 * (column - g.half) + 1;
-    const int n = corner.n + image, h = corner.i * g.step - g.border + row, v = corner.j * g.step - g.border + right;
-    return n < g.N && within(h, g.H) && within(v, g.W) ? (n * g.H + h) * g.W + v : -1;
-  }
-};
-
-// The outputs of a tile; for one class.
-struct OutputPixels {
-  const Geometry& g;
-  Place corner;
-  int row, column;  // of the class
-
-  __device__ Place place(int m) const {
-    const Place at = pixel_of(g, corner, m);
-    return {at.n, at.i * g.apart + row, at.j * g.apart + column};
-  }
-  __device__ bool exists(const Place& at) const { return at.n < g.N && at.i < g.P && at.j < g.Q; }
-  __device__ int operator()(int m) const {
-    const Place at = place(m);
-    return exists(at) ? (at.n * g.P + at.i) * g.Q + at.j : -1;
-  }
-};
 
 // ---- a tile of outputs, finished ----------------------------------------------------------------------------------
 
@@ -623,73 +310,7 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
   }
 }
 
-// ---- plans --------------------------------------------------------------------------------------------------------
-
-int log_of(i64 n, int most) {  // of the smallest power of two that is not less, up to `most`
-  int log = 0;
-  while (i64(1) << log < n && 1 << log < most) log++;
-  return log;
-}
-
-// Tiles of `pixels` outputs (of one class), as wide as the image allows.
-Geometry geometry_of(const Window& s, bool backward, int pixels) {
-  const int stride = int(s.stride_h);
-  const bool by_class = backward && stride == 2;
-  Geometry g{};
-  g.N = int(s.N);
-  g.H = int(backward ? s.P : s.H), g.W = int(backward ? s.Q : s.W);
-  g.P = int(backward ? s.H : s.P), g.Q = int(backward ? s.W : s.Q);
-  g.step = backward ? 1 : stride, g.apart = by_class ? 2 : 1, g.border = by_class ? 0 : 1;
-  const i64 down = ceil_div(g.P, g.apart), across = ceil_div(g.Q, g.apart);  // of the grid
-  g.log_width = max(3, log_of(across, min(32, pixels / 4)));
-  g.log_height = log_of(down, pixels >> g.log_width);
-  g.pixels = pixels;
-  const int width = 1 << g.log_width, height = 1 << g.log_height, images = pixels / width / height;
-  g.half = g.step == 2 ? width + 1 : 0;
-  g.rows = by_class ? height + 1 : (height - 1) * g.step + 3;
-  g.columns = by_class ? width + 1 : g.step == 2 ? 2 * g.half : width + 2;
-  g.inputs = images * g.rows * g.columns;
-  g.by_rows = u32((1 << 20) / g.rows + 1), g.by_columns = u32((1 << 20) / g.columns + 1);
-  g.down = int(ceil_div(down, height)), g.across = int(ceil_div(across, width));
-  const i64 tiles = ceil_div(s.N, images) * g.down * g.across;
-  if (tiles * pixels * 4 > 0x7fffffff) throw std::invalid_argument("[conv3x3] pixels must be under 2^29");
-  g.tiles = int(tiles);
-
-  // Backward through stride 2: y[p] met x[2 p + r - 1]. So an even row of x met y[row / 2] through r = 1 only, an odd
-  // one y[row / 2] through r = 2 and y[row / 2 + 1] through r = 0; columns likewise.
-  int taps = 0;
-  const auto add = [&](int r, int u, int tap) {
-    const int right = g.step == 2 ? u % 2 * g.half + u / 2 : u;
-    g.offset[taps] = r * g.columns + right;
-    g.tap[taps++] = tap;
-  };
-  if (by_class) {
-    for (int kind = 0; kind < 4; kind++) {
-      for (int r = 0; r <= kind / 2; r++)
-        for (int u = 0; u <= kind % 2; u++) add(r, u, (kind / 2 ? 2 - 2 * r : 1) * 3 + (kind % 2 ? 2 - 2 * u : 1));
-      g.begin[kind + 1] = taps;
-    }
-    g.classes = 4;
-  } else {
-    for (int tap = 0; tap < TAPS; tap++) add(tap / 3, tap % 3, backward ? TAPS - 1 - tap : tap);
-    g.classes = 1, g.begin[1] = taps;
-  }
-  return g;
-}
-
-// The largest tile that fits shared memory and leaves no multiprocessor idle.
-template <class Bytes>
-Geometry tiles_of(const Window& s, bool backward, int pixels, i64 parts, const Bytes& bytes) {
-  Geometry g = geometry_of(s, backward, pixels);
-  while (pixels > SMALLEST_TILE && (bytes(g) > SHARED_BYTES || 2 * g.tiles * parts <= MULTIPROCESSORS))
-    g = geometry_of(s, backward, pixels /= 2);
-  return g;
-}
-
-// Blocks that share `tiles` as evenly as may be, at most `most`.
-i64 blocks_for(i64 tiles, i64 most) { return ceil_div(tiles, ceil_div(tiles, most)); }
-
-i64 most_rows(i64 channels) { return max(i64(1), min(2 * i64(MULTIPROCESSORS), ROW_CHANNELS / channels)); }
+// ---- launchers ----------------------------------------------------------------------------------------------------
 
 bool channels_fit(i64 C) { return C == 16 || C == 32 || C == 64; }
 
@@ -697,12 +318,6 @@ bool fits(const Window& s) {
   return s.R == 3 && s.S == 3 && s.pad_h == 1 && s.pad_w == 1 && s.stride_h == s.stride_w &&
          (s.stride_h == 1 || s.stride_h == 2) && channels_fit(s.C) && channels_fit(s.K) && s.N > 0 && s.P > 0 &&
          s.Q > 0;
-}
-
-void expect_aligned(const char* op, std::initializer_list<const void*> arrays) {
-  for (const void* array : arrays)
-    if (reinterpret_cast<std::uintptr_t>(array) % 16)
-      throw std::invalid_argument("[" + std::string(op) + "] arrays must be aligned to 16 bytes");
 }
 
 void expect_fit(const char* op, const Window& s, std::initializer_list<const void*> arrays) {
@@ -905,133 +520,6 @@ void conv3x3_backward_weight(Wide<T>* dw, const T* dz, const T* x, const BatchNo
   s.C == 16 ? with_k(Channels<16>()) : with_k(Channels<32>());
 }
 
-// ---- block output -------------------------------------------------------------------------------------------------
-
-// A thread keeps to its channels, a pack of them, and takes every so many pixels.
-template <class T>
-struct PixelWalk {
-  int channel, pixel, stride;
-  __device__ explicit PixelWalk(int C) {
-    const int packs = C / V<T>, t = int(threadIdx.x);
-    channel = t % packs * V<T>;
-    pixel = int(blockIdx.x) * (THREADS / packs) + t / packs;
-    stride = int(gridDim.x) * (THREADS / packs);
-  }
-};
-
-template <class T>
-__global__ void __launch_bounds__(THREADS)
-    block_output_forward(T* __restrict__ y, const T* __restrict__ x, const __grid_constant__ BatchNorm<T> bn,
-                         const __grid_constant__ Shortcut<T> shortcut, const __grid_constant__ BatchNorm<T> shortcut_bn,
-                         int H, int W, int C, int pixels) {
-  using Number = Wide<T>;
-  SmemArena arena;
-  Number* coefficients = arena.take<Number>(4 * C);
-  load_batch_norm(coefficients, coefficients + C, bn, C, 0, C, blockIdx.x == 0);
-  if (shortcut_bn.gamma)
-    load_batch_norm(coefficients + 2 * C, coefficients + 3 * C, shortcut_bn, C, 0, C, blockIdx.x == 0);
-  __syncthreads();
-  const PixelWalk<T> walk(C);
-  Number scale[V<T>], shift[V<T>], shortcut_scale[V<T>], shortcut_shift[V<T>];
-#pragma unroll
-  for (int v = 0; v < V<T>; v++) {
-    const int c = walk.channel + v;
-    scale[v] = coefficients[c], shift[v] = coefficients[C + c];
-    shortcut_scale[v] = shortcut_bn.gamma ? coefficients[2 * C + c] : 1;
-    shortcut_shift[v] = shortcut_bn.gamma ? coefficients[3 * C + c] : 0;
-  }
-  const int from = walk.channel - int(shortcut.before), stride = int(shortcut.stride);
-  const bool round = shortcut.x && within(from, int(shortcut.C));
-#pragma unroll 4
-  for (int pixel = walk.pixel; pixel < pixels; pixel += walk.stride) {
-    const i64 at = i64(pixel) * C + walk.channel;
-    const auto in = pack_at<Pack<T, V<T>>>(x + at);
-    Pack<T, V<T>> more{}, out;
-    if (round) {
-      i64 there = pixel;
-      if (stride > 1) {
-        const int n = pixel / W / H, h = pixel / W % H, v = pixel % W;
-        there = (i64(n) * shortcut.H + h * stride) * shortcut.W + v * stride;
-      }
-      more = pack_at<Pack<T, V<T>>>(shortcut.x + there * shortcut.C + from);
-    }
-#pragma unroll
-    for (int v = 0; v < V<T>; v++) {
-      Number sum = affine(wide(in.at[v]), scale[v], shift[v]);
-      if (round) sum += affine(wide(more.at[v]), shortcut_scale[v], shortcut_shift[v]);
-      out.at[v] = narrow<T>(relu(sum));
-    }
-    pack_at<Pack<T, V<T>>>(y + at) = out;
-  }
-}
-
-void expect_channels(const char* op, i64 C, std::initializer_list<const void*> arrays) {
-  if (C < 16 || C > THREADS || (C & (C - 1)))
-    throw std::invalid_argument("[" + std::string(op) + "] C must be a power of two from 16 to 256; got " +
-                                std::to_string(C));
-  expect_aligned(op, arrays);
-}
-
-template <class T>
-i64 block_output_rows(i64 M, i64 C) {
-  return min(most_rows(C), ceil_div(M * C / V<T>, THREADS));
-}
-
-template <class T>
-void block_output(T* y, const T* x, const BatchNorm<T>& batch_norm, const Shortcut<T>& shortcut,
-                  const BatchNorm<T>& shortcut_batch_norm, i64 N, i64 H, i64 W, i64 C) {
-  expect_channels("block_output", C, {y, x, shortcut.x});
-  if (N * H * W == 0) return;
-  launch("block_output", block_output_forward<T>, dim3(unsigned(block_output_rows<T>(N * H * W, C))), dim3(THREADS),
-         std::size_t(4 * C) * sizeof(Wide<T>), current_stream(), y, x, batch_norm, shortcut, shortcut_batch_norm,
-         int(H), int(W), int(C), int(N * H * W));
-}
-
-template <class T, class W = Wide<T>>
-__global__ void __launch_bounds__(THREADS)
-    mask_and_sum(T* __restrict__ dz, W* __restrict__ rows, const T* __restrict__ dy, const T* __restrict__ output,
-                 const T* __restrict__ y, const W* __restrict__ mean, int C, int M) {
-  using P = Pack<T, V<T>>;
-  const PixelWalk<T> walk(C);
-  W middle[V<T>];
-#pragma unroll
-  for (int v = 0; v < V<T>; v++) middle[v] = mean[walk.channel + v];
-  Sums<W, V<T>> total{};
-#pragma unroll 4
-  for (int pixel = walk.pixel; pixel < M; pixel += walk.stride) {
-    const i64 at = i64(pixel) * C + walk.channel;
-    const P above = pack_at<P>(output + at), raw = pack_at<P>(y + at);
-    P out = pack_at<P>(dy + at);
-#pragma unroll
-    for (int v = 0; v < V<T>; v++) {
-      if (!(wide(above.at[v]) > 0)) out.at[v] = T{};
-      total.g[v] += wide(out.at[v]);
-      total.gx[v] = fma(wide(out.at[v]), wide(raw.at[v]) - middle[v], total.gx[v]);
-    }
-    pack_at<P>(dz + at) = out;
-  }
-  const int packs = C / V<T>;
-  total = join_threads(total, packs, THREADS / packs, [](Sums<W, V<T>> a, const Sums<W, V<T>>& b) {
-    a.merge(b);
-    return a;
-  });
-  if (int(threadIdx.x) >= packs) return;
-#pragma unroll
-  for (int v = 0; v < V<T>; v++) {
-    rows[2 * i64(blockIdx.x) * C + walk.channel + v] = total.g[v];
-    rows[(2 * i64(blockIdx.x) + 1) * C + walk.channel + v] = total.gx[v];
-  }
-}
-
-template <class T>
-void block_output_backward(T* dz, Wide<T>* rows, const T* dy, const T* output, const T* y, const Wide<T>* mean, i64 M,
-                           i64 C) {
-  expect_channels("block_output_backward", C, {dz, dy, output, y});
-  if (M == 0) return;
-  launch("block_output_backward", mask_and_sum<T>, dim3(unsigned(block_output_rows<T>(M, C))), dim3(THREADS), 0,
-         current_stream(), dz, rows, dy, output, y, mean, int(C), int(M));
-}
-
 }  // namespace
 
 template <class T>
@@ -1040,9 +528,6 @@ void conv3x3_kernels(Kernels<T>& table) {
   table.conv3x3_forward = conv3x3_forward<T>;
   table.conv3x3_backward_input = conv3x3_backward_input<T>;
   table.conv3x3_backward_weight = conv3x3_backward_weight<T>;
-  table.block_output = block_output<T>;
-  table.block_output_rows = block_output_rows<T>;
-  table.block_output_backward = block_output_backward<T>;
 }
 template void conv3x3_kernels<float>(Kernels<float>&);
 template void conv3x3_kernels<double>(Kernels<double>&);

@@ -12,6 +12,7 @@ Kernels<T> gather() {
   matmul_kernels(table);
   conv2d_kernels(table);
   conv3x3_kernels(table);
+  block_output_kernels(table);
   batch_norm_kernels(table);
   pool_kernels(table);
   loss_kernels(table);

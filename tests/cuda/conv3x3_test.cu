@@ -1,14 +1,10 @@
 // The fused 3x3 convolutions against the plain formulas of convolution, batch norm, ReLU and shortcut, in double.
 #include "cuda/conv3x3.cu"
-#include "kernel_testing.h"
+#include "fused_testing.h"
 
 using namespace tinyres;
 
 namespace {
-
-constexpr double EPS = 1e-5, MOMENTUM = 0.1;
-
-using Doubles = std::vector<double>;
 
 struct Case {
   int N, H, W, C, K, stride;
@@ -69,43 +65,6 @@ Doubles convolution_backward_input(const Case& s, const Doubles& dy, const Doubl
 }
 
 template <class T>
-Doubles doubles(Array<T>& a) {
-  Doubles y(std::size_t(a.size()));
-  for (int i = 0; i < a.size(); i++) y[std::size_t(i)] = value(a[i]);
-  return y;
-}
-
-// relu(gamma * (x - mean) * inv_std + beta)
-template <class W>
-Doubles activation(const Doubles& x, Array<W>& gamma, Array<W>& beta, Array<W>& mean, Array<W>& inv_std) {
-  Doubles u(x.size());
-  for (std::size_t i = 0; i < x.size(); i++) {
-    const int c = int(i % std::size_t(gamma.size()));
-    u[i] = std::fmax(0, double(gamma[c]) * (x[i] - double(mean[c])) * double(inv_std[c]) + double(beta[c]));
-  }
-  return u;
-}
-
-// Parameters of a batch norm: exact ones, powers of two and integers, or fractions.
-template <class W>
-struct Parameters {
-  Array<W> gamma, beta, mean, inv_std;
-
-  Parameters(int C, bool exact) : gamma(C), beta(C), mean(C), inv_std(C) {
-    for (int c = 0; c < C; c++) {
-      gamma[c] = exact ? W(c % 3 == 0 ? -2 : 2) : W(0.8 + 0.05 * (c % 7));
-      beta[c] = exact ? W(c % 4 - 1) : W(0.1 * (c % 5) - 0.2);
-      mean[c] = exact ? W(c % 2) : W(0.03 * (c % 9) - 0.1);
-      inv_std[c] = exact ? W(0.5) : W(1.7 - 0.1 * (c % 6));
-    }
-  }
-  template <class T>
-  BatchNorm<T> known() {
-    return {gamma.data(), beta.data(), nullptr, 0, mean.data(), inv_std.data(), nullptr, nullptr, MOMENTUM, EPS};
-  }
-};
-
-template <class T>
 Doubles as_stored(const Doubles& x) {
   Doubles y(x.size());
   for (std::size_t i = 0; i < x.size(); i++) y[i] = value(rounded<T>(x[i]));
@@ -121,22 +80,6 @@ constexpr double bound() {
 template <class T>
 constexpr double sum_bound() {
   return sizeof(T) == 2 ? 0x1p16 : sizeof(T) == 4 ? 8192 : 1024;
-}
-
-template <class T>
-void fill_inputs(Array<T>& a, unsigned seed, bool exact) {
-  exact ? fill_integers(a, seed) : fill_uniform(a, seed);
-}
-
-// Runs a second time in another order of threads; the bits must be the same.
-template <class Run>
-void in_another_order(const Run& run) {
-  const char* schedule = std::getenv("TINYRES_SCHEDULE");
-  const std::string before = schedule ? schedule : "forward";
-  setenv("TINYRES_SCHEDULE", "random:42", 1);
-  run();
-  setenv("TINYRES_SCHEDULE", before.c_str(), 1);
-  wait();
 }
 
 // ---- forward ------------------------------------------------------------------------------------------------------
@@ -403,63 +346,6 @@ void test_backward_weight(const Kernels<T>& k, const Case& s, bool transforms, b
   CHECK(same_bits(dw, again));
 }
 
-// ---- block output -------------------------------------------------------------------------------------------------
-
-enum class Round { nothing, identity, option_a, projection };
-
-template <class T>
-void test_block_output(const Kernels<T>& k, int N, int H, int W_, int C, Round round) {
-  using W = Wide<T>;
-  const bool a = round == Round::option_a;
-  const int M = N * H * W_, from_H = a ? 2 * H - 1 : H, from_W = a ? 2 * W_ : W_, from_C = a ? C / 2 : C;
-  const int before = (C - from_C) / 2, stride = a ? 2 : 1;
-  Array<T> x(M * C), y(M * C), z(N * from_H * from_W * from_C);
-  fill_uniform(x, 1);
-  fill_uniform(z, 2);
-  fill_nan(y);
-  Parameters<W> bn(C, false), of_z(C, true);
-  const Shortcut<T> shortcut{round == Round::nothing ? nullptr : z.data(), from_H, from_W, from_C, stride, before};
-  k.block_output(y.data(), x.data(), bn.template known<T>(), shortcut,
-                 round == Round::projection ? of_z.template known<T>() : BatchNorm<T>{}, N, H, W_, C);
-  wait();
-  Doubles want(std::size_t(M * C));
-  for (int i = 0; i < M * C; i++) {
-    const int c = i % C, v = i / C % W_, h = i / C / W_ % H, n = i / C / W_ / H;
-    double sum = double(bn.gamma[c]) * (value(x[i]) - double(bn.mean[c])) * double(bn.inv_std[c]) + double(bn.beta[c]);
-    if (round != Round::nothing && c >= before && c < before + from_C) {
-      double more = value(z[((n * from_H + h * stride) * from_W + v * stride) * from_C + c - before]);
-      if (round == Round::projection)
-        more = double(of_z.gamma[c]) * (more - double(of_z.mean[c])) * double(of_z.inv_std[c]) + double(of_z.beta[c]);
-      sum += more;
-    }
-    want[std::size_t(i)] = std::fmax(0, sum);
-  }
-  CHECK(close(y, want, sizeof(T) == 2 ? 1 : 16));
-
-  // Its gradient: mask, and rows of sums.
-  Array<T> dy(M * C), dz(M * C);
-  fill_uniform(dy, 3);
-  fill_nan(dz);
-  const i64 count = k.block_output_rows(M, C);
-  Array<W> rows(int(count) * 2 * C), sums(2 * C);
-  fill_nan(rows);
-  k.block_output_backward(dz.data(), rows.data(), dy.data(), y.data(), x.data(), bn.mean.data(), M, C);
-  wait();
-  Doubles want_dz(std::size_t(M * C)), want_sums(std::size_t(2 * C));
-  for (int i = 0; i < M * C; i++) {
-    const std::size_t c = std::size_t(i % C);
-    want_dz[std::size_t(i)] = value(y[i]) > 0 ? value(dy[i]) : 0;
-    want_sums[c] += want_dz[std::size_t(i)];
-    want_sums[c + std::size_t(C)] += want_dz[std::size_t(i)] * (value(x[i]) - double(bn.mean[i % C]));
-  }
-  for (int i = 0; i < 2 * C; i++) {
-    double sum = 0;
-    for (i64 row = 0; row < count; row++) sum += double(rows[int(row) * 2 * C + i]);
-    sums[i] = W(sum);
-  }
-  CHECK(close(dz, want_dz, 0) && close(sums, want_sums, 64));
-}
-
 // ---- all ----------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -484,11 +370,6 @@ void test_all() {
       test_backward_input(k, s, Mask::output, true, true);
       test_backward_weight(k, s, true, true);
     }
-  for (const Round round : {Round::nothing, Round::identity, Round::option_a, Round::projection}) {
-    test_block_output(k, 2, 5, 7, 32, round);
-    test_block_output(k, 3, 4, 3, 64, round);
-  }
-  test_block_output(k, 31, 9, 16, 256, Round::identity);  // rows of many pixels
   for (const Case& s : {Case{3, 5, 7, 16, 32, 1}, Case{4, 9, 4, 32, 64, 2}, Case{9, 6, 6, 16, 16, 1}}) {
     test_statistics(k, s, 0);
     test_statistics(k, s, 2);  // a mean that is large beside the deviation
