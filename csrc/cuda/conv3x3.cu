@@ -157,22 +157,29 @@ struct Layout {
 };
 
 // The weights of all taps, [tap][in][out] forward and [tap][out][in] backward, from w (3, 3, C, K): either way its
-// columns are K.
+// columns are K. Those that need no rounding arrive by themselves: to be waited for.
 template <class T, int IN, int OUT, bool BACKWARD>
 __device__ void load_weights(Cell<T>* weights, const T* __restrict__ w, int out_channels, int first) {
   using L = Layout<T, IN, OUT, BACKWARD>;
   constexpr int PACKS = L::WEIGHT_COLUMNS / V<T>;
   const int C = BACKWARD ? out_channels : IN, K = BACKWARD ? IN : out_channels;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = int(threadIdx.x); i < TAPS * L::WEIGHT_LINES * PACKS; i += THREADS) {
     const int row = i / PACKS, column = i % PACKS * V<T>, tap = row / L::WEIGHT_LINES, line = row % L::WEIGHT_LINES;
     const int c = line + (BACKWARD ? first : 0), k = column + (BACKWARD ? 0 : first);
-    const auto in = pack_at<Pack<T, V<T>>>(w + (tap * C + c) * K + k);
-    Pack<Cell<T>, V<T>> out;
+    const T* from = w + (tap * C + c) * K + k;
+    Cell<T>* to = weights + row * L::WEIGHT_PITCH + column;
+    if constexpr (std::is_same_v<Cell<T>, T>) {
+      cp_async16(to, from);
+    } else {
+      const auto in = pack_at<Pack<T, V<T>>>(from);
+      Pack<Cell<T>, V<T>> out;
 #pragma unroll
-    for (int v = 0; v < V<T>; v++) out.at[v] = cell<T>(wide(in.at[v]));
-    pack_at<Pack<Cell<T>, V<T>>>(weights + row * L::WEIGHT_PITCH + column) = out;
+      for (int v = 0; v < V<T>; v++) out.at[v] = cell<T>(in.at[v]);
+      pack_at<Pack<Cell<T>, V<T>>>(to) = out;
+    }
   }
+  cp_async_commit();
 }
 
 struct Nothing {};
@@ -189,8 +196,8 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
   using F = typename L::F;
   using Total = std::conditional_t<BACKWARD, Sums<W, OCTET>, Statistics<W>>;
   using Part = std::conditional_t<BACKWARD, Sums<W, 1>, Moments<W, 1>>;
-  constexpr int HEIGHT = 2;                                                                 // fragments of 16 pixels
-  constexpr int BATCH = IN == 16 ? 3 : blocks_at_once<T>(OUT) == 2 ? 2 : BACKWARD ? 4 : 6;  // loads of a thread
+  constexpr int HEIGHT = 2;                                                                   // fragments of 16 pixels
+  constexpr int BATCH = blocks_at_once<T>(OUT) == 2 ? (BACKWARD ? 2 : 3) : BACKWARD ? 4 : 6;  // loads of a thread
 
   SmemArena arena;
   Cell<T>* tile = arena.take<Cell<T>>(g.inputs * L::PITCH);
@@ -201,12 +208,18 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
 
   const int first = int(blockIdx.y) * OUT, t = int(threadIdx.x);
   const bool publish = blockIdx.x == 0 && blockIdx.y == 0;
+  // Everything that waits for memory is asked for before anything is waited for.
   load_weights<T, IN, OUT, BACKWARD>(weights, w, out_channels, first);
-  bool transforms;
   const T* raw = nullptr;
+  bool transforms;
+  if constexpr (BACKWARD)
+    transforms = load.y, raw = load.y;
+  else
+    transforms = load.gamma;
+  Loader<T, IN, BACKWARD, BATCH> loader(x, raw, transforms, coefficients, 0, IN);
+  loader.fetch(g.inputs, InputPixels{g, corner_of(g, int(blockIdx.x))});
+
   if constexpr (BACKWARD) {
-    transforms = load.y;
-    raw = load.y;
     if (transforms)
       load_gradient(coefficients, coefficients + IN, coefficients + 2 * IN, load, IN, 0, IN, i64(g.N) * g.H * g.W,
                     publish);
@@ -217,9 +230,8 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
         set_affine(before[OUT + t], before[2 * OUT + t], input.gamma[c], input.beta[c], input.mean[c],
                    input.inv_std[c]);
     }
-  } else {
-    transforms = load.gamma;
-    if (transforms) load_batch_norm(coefficients, coefficients + IN, load, IN, 0, IN, publish);
+  } else if (transforms) {
+    load_batch_norm(coefficients, coefficients + IN, load, IN, 0, IN, publish);
   }
 
   const int warp = t / WARP, warp_row = warp / S::ACROSS, column = warp % S::ACROSS * S::COLUMNS * 16;
@@ -236,10 +248,12 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
   Total total[S::COLUMNS]{};
   for (int number = int(blockIdx.x); number < g.tiles; number += int(gridDim.x)) {
     const Place corner = corner_of(g, number);
-    __syncthreads();  // the coefficients are there, and nobody reads the last tile any more
-    fill<IN, L::PITCH>(tile, g.inputs, Loader<T, BACKWARD, BATCH>{x, raw, transforms, coefficients, IN, 0, IN},
-                       InputPixels{g, corner});
+    if (number == int(blockIdx.x)) cp_async_wait<0>();
+    __syncthreads();  // weights and coefficients are there, and nobody reads the last tile any more
+    loader.template lay<L::PITCH>(tile, g.inputs, InputPixels{g, corner});
     __syncthreads();
+    const int next = number + int(gridDim.x);
+    if (next < g.tiles) loader.fetch(g.inputs, InputPixels{g, corner_of(g, next)});
     if (!works) continue;
     for (int kind = 0; kind < g.classes; kind++) {
       W sum[HEIGHT][S::COLUMNS][2][4] = {};
@@ -439,16 +453,18 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(C_BLOCK* K_BLOCK / 
   const int warp = t / WARP, square = warp % S::SQUARES, group = warp / S::SQUARES;
   const int c = square / (K_BLOCK / 16) * 16, k = square % (K_BLOCK / 16) * 16;
   const int right = g.offset[1] * L::X_PITCH, far_right = g.offset[2] * L::X_PITCH, down = g.offset[3] * L::X_PITCH;
+  Loader<T, C_BLOCK, false, C_BLOCK / 8> x_loader(x, nullptr, normalised, coefficients, c_first, C);
+  Loader<T, K_BLOCK, true, K_BLOCK / 16> y_loader(dz, gradient.y, transforms, of_gradient, k_first, K);
   W sum[TAPS][2][4] = {};
   for (int number = int(blockIdx.x); number < g.tiles; number += int(gridDim.x)) {
     const Place corner = corner_of(g, number);
+    const InputPixels inputs{g, corner};
+    const OutputPixels outputs{g, corner, 0, 0};
+    x_loader.fetch(g.inputs, inputs);
     __syncthreads();
-    fill<C_BLOCK, L::X_PITCH>(x_tile, g.inputs,
-                              Loader<T, false, C_BLOCK / 8>{x, nullptr, normalised, coefficients, C_BLOCK, c_first, C},
-                              InputPixels{g, corner});
-    fill<K_BLOCK, L::Y_PITCH>(
-        y_tile, g.pixels, Loader<T, true, K_BLOCK / 16>{dz, gradient.y, transforms, of_gradient, K_BLOCK, k_first, K},
-        OutputPixels{g, corner, 0, 0});
+    x_loader.template lay<L::X_PITCH>(x_tile, g.inputs, inputs);
+    y_loader.fetch(g.pixels, outputs);
+    y_loader.template lay<L::Y_PITCH>(y_tile, g.pixels, outputs);
     __syncthreads();
     for (int m = group * F::DEPTH; m < g.pixels; m += S::GROUPS * F::DEPTH) {
       F dy;

@@ -162,78 +162,89 @@ __device__ inline Cell<T> cell(Wide<T> x) {
     return narrow<T>(x);
 }
 
-// Reads packs of x (or of dz and y) and makes of them packs of u (or of dy). Coefficients stand in shared memory: scale
-// and shift, or a, b and c, `channels` of each. They are read again for every few packs: kept in registers, they would
-// take those that the sums need.
-// BATCH of them are on their way at once.
-template <class T, bool GRADIENT, int BATCH>
-struct Loader {
+// Reads packs of x (or of dz and y), makes of them packs of u (or of dy), and lays these into a tile of CHANNELS
+// channels. The first BATCH packs of each thread can be asked for long before the tile is free: they wait in registers.
+//
+// Coefficients, scale and shift or a, b and c, stand in shared memory, CHANNELS of each. They are read again for every
+// few packs: kept in registers, they would take those that the sums need.
+template <class T, int CHANNELS, bool GRADIENT, int BATCH>
+class Loader {
   using W = Wide<T>;
-  struct Raw {
-    Pack<T, V<T>> x, y;
-  };
+  using Cells = Pack<Cell<T>, V<T>>;
+  static constexpr int PACKS = CHANNELS / V<T>, STRIDE = THREADS / PACKS;
 
-  const T *x, *y;
-  bool transforms;
-  const W* coefficients;
-  int channels, first, all;  // first: of the tile's channels, in the tensor, which has `all`
+ public:
+  // first: of the tile's channels, in the tensor, which has `all`.
+  __device__ Loader(const T* x, const T* y, bool transforms, const W* coefficients, int first, int all)
+      : x_(x),
+        y_(y),
+        transforms_(transforms),
+        coefficients_(coefficients),
+        channel_(int(threadIdx.x) % PACKS * V<T>),
+        first_(first),
+        all_(all) {}
 
-  __device__ Raw load(int pixel, int channel) const {
-    const i64 at = i64(pixel) * all + first + channel;
-    Raw raw;
-    raw.x = pack_at<Pack<T, V<T>>>(x + at);
-    if (GRADIENT && transforms) raw.y = pack_at<Pack<T, V<T>>>(y + at);
-    return raw;
+  // where(i) is the tensor's number of pixel i of the tile, which has `count`, or -1 for zeros.
+  template <class Where>
+  __device__ void fetch(int count, const Where& where, int start = int(threadIdx.x) / PACKS) {
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      const int i = start + b * STRIDE, pixel = i < count ? where(i) : -1;
+      inside_[b] = pixel >= 0;
+      one_[b] = two_[b] = {};
+      if (!inside_[b]) continue;
+      const i64 at = i64(pixel) * all_ + first_ + channel_;
+      one_[b] = pack_at<Pack<T, V<T>>>(x_ + at);
+      if (GRADIENT && transforms_) two_[b] = pack_at<Pack<T, V<T>>>(y_ + at);
+    }
   }
 
-  __device__ void cells(Pack<Cell<T>, V<T>> (&out)[BATCH], const Raw (&raw)[BATCH], int channel) const {
+  // The tile whose first packs were fetched.
+  template <int PITCH, class Where>
+  __device__ void lay(Cell<T>* tile, int count, const Where& where) {
+    for (int start = int(threadIdx.x) / PACKS;;) {
+      Cells out[BATCH];
+      transform(out);
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+        const int i = start + b * STRIDE;
+        if (i < count) pack_at<Cells>(tile + i * PITCH + channel_) = inside_[b] ? out[b] : Cells{};
+      }
+      start += BATCH * STRIDE;
+      if (start >= count) return;
+      fetch(count, where, start);
+    }
+  }
+
+ private:
+  __device__ void transform(Cells (&out)[BATCH]) const {
     constexpr int FEW = V<T> < 4 ? V<T> : 4;
 #pragma unroll
     for (int v = 0; v < V<T>; v += FEW) {
       Pack<W, FEW> k[3] = {};
 #pragma unroll
       for (int i = 0; i < (GRADIENT ? 3 : 2); i++)
-        if (transforms) k[i] = pack_at<Pack<W, FEW>>(coefficients + i * channels + channel + v);
+        if (transforms_) k[i] = pack_at<Pack<W, FEW>>(coefficients_ + i * CHANNELS + channel_ + v);
 #pragma unroll
       for (int b = 0; b < BATCH; b++) {
 #pragma unroll
         for (int j = 0; j < FEW; j++) {
-          W value = wide(raw[b].x.at[v + j]);
-          if (transforms)
-            value = GRADIENT ? fma(k[0].at[j], value, fma(k[1].at[j], wide(raw[b].y.at[v + j]), k[2].at[j]))
+          W value = wide(one_[b].at[v + j]);
+          if (transforms_)
+            value = GRADIENT ? fma(k[0].at[j], value, fma(k[1].at[j], wide(two_[b].at[v + j]), k[2].at[j]))
                              : relu(affine(value, k[0].at[j], k[1].at[j]));
           out[b].at[v + j] = cell<T>(value);
         }
       }
     }
   }
-};
 
-// Lays `count` pixels of CHANNELS channels into a tile. where(i) is the tensor's number of pixel i, or -1 for zeros.
-template <int CHANNELS, int PITCH, class T, bool GRADIENT, int BATCH, class Where>
-__device__ void fill(Cell<T>* tile, int count, const Loader<T, GRADIENT, BATCH>& loader, const Where& where) {
-  using L = Loader<T, GRADIENT, BATCH>;
-  constexpr int PACKS = CHANNELS / V<T>, STRIDE = THREADS / PACKS;
-  const int channel = int(threadIdx.x) % PACKS * V<T>;
-  for (int start = int(threadIdx.x) / PACKS; start < count; start += BATCH * STRIDE) {
-    typename L::Raw raw[BATCH] = {};
-    bool inside[BATCH];
-#pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      const int i = start + b * STRIDE;
-      const int pixel = i < count ? where(i) : -1;
-      inside[b] = pixel >= 0;
-      if (inside[b]) raw[b] = loader.load(pixel, channel);
-    }
-    Pack<Cell<T>, V<T>> out[BATCH];
-    loader.cells(out, raw, channel);
-#pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      const int i = start + b * STRIDE;
-      if (i < count)
-        pack_at<Pack<Cell<T>, V<T>>>(tile + i * PITCH + channel) = inside[b] ? out[b] : Pack<Cell<T>, V<T>>{};
-    }
-  }
-}
+  const T *x_, *y_;
+  bool transforms_;
+  const W* coefficients_;
+  int channel_, first_, all_;
+  Pack<T, V<T>> one_[BATCH], two_[BATCH];
+  bool inside_[BATCH];
+};
 
 }  // namespace tinyres
