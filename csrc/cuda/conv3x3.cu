@@ -22,8 +22,21 @@
 // are read as [c][k], which is how they lie, instead of across. Through stride 2 an input meets only some taps: its
 // class, (row % 2, column % 2), decides which, and the tile is walked once for each of the four classes.
 //
-// What nvcc 13.0 makes of it and what it costs, bf16 (tf32), at a batch of 128:
-// COST_TABLE
+// What it costs, in bf16 at a batch of 128; registers are those of nvcc 13.0 for sm_90a, forward and backward, and none
+// spill. x: bytes of x read for each byte that it has, more than 1 where a tile's border belongs to others too, or where
+// two blocks share the filters. A block reads its weights and its batch norm's rows (fused.h) once, from the L2 cache.
+//
+//                    tile             warp       blocks x tiles   registers   shared    x      weights   rows
+//   16 of 32 x 32    8 x 32 x 16      32 x 16    256 x 2          115, 128    25 KB     1.19    5 KB     34 KB
+//   32 of 16 x 16    16 x 16 x 32     32 x 32    128 x 1          202, 207    53 KB     1.00   18 KB     33 KB
+//   64 of 8 x 8      2 x 8 x 8 x 32   32 x 32    64 x 2 x 1       203, 198    87 KB     2.00   37 KB     33 KB
+//   dw, 16           4 x 32           16 x 16    256 x 4          127         24 KB     1.44   each slab 9 KB
+//   dw, 32           8 x 16           16 x 16    128 x 2          160         33 KB     1.13            37 KB
+//   dw, 64           2 x 8 x 8        16 x 16    32 x 4 x 2       160         35 KB     2.00           147 KB
+//
+// tf32 takes twice the bytes. 132 multiprocessors thus have one block each, or two of 16 channels, whose registers and
+// shared memory leave room for both. For a product of 16 x 16 x 16 a warp asks shared memory for one fragment where it
+// has 32 x 32 sums, for 1.5 where it has 32 x 16 and bytes from memory bound it anyway, and for 1.1 in dw.
 //
 //   N batch, H W input size, C channels, K filters, P Q output size; `in` and `out` are as the product sees them: in
 //   backward_input, in is of dy and out of dx.
@@ -132,12 +145,14 @@ __device__ inline void finish(Sums<W, OCTET>& total, T* dx, const Place& place, 
 
 // ---- convolve -----------------------------------------------------------------------------------------------------
 
-// How the warps of a block share a tile of PIXELS outputs by OUT channels: each takes 32 pixels by COLUMNS times 16
-// channels.
-template <class T, int IN, int OUT>
+// How the warps of a block share a tile of PIXELS outputs by OUT channels: each takes HEIGHT times 16 pixels by COLUMNS
+// times 16 channels. Where the images are so small that tiles of eight such pieces would be too few, four pieces make a
+// tile, and two warps share each: the first takes one half of the input channels, the second the other.
+template <int IN, int OUT>
 struct Split {
-  static constexpr int ACROSS = IN == 64 && OUT == 32 ? 2 : 1;
-  static constexpr int COLUMNS = OUT / 16 / ACROSS, PIXELS = WARPS / ACROSS * 32;
+  static constexpr int DEEP = IN == 64 && OUT == 32 ? 2 : 1;
+  static constexpr int HEIGHT = 2, COLUMNS = OUT / 16, PIXELS = WARPS / DEEP * HEIGHT * 16;
+  static constexpr int EXCHANGED = DEEP == 2 ? 8 * THREADS : 16;  // sums at a time
 };
 
 // What lies in shared memory.
@@ -152,7 +167,8 @@ struct Layout {
   static constexpr int PARTS = WARPS * OUT;  // of statistics, up to three numbers each
 
   static std::size_t bytes(const Geometry& g) {
-    return (g.inputs * PITCH + WEIGHTS) * sizeof(Cell<T>) + (COEFFICIENTS + BEFORE + 3 * PARTS) * sizeof(Wide<T>);
+    return (g.inputs * PITCH + WEIGHTS) * sizeof(Cell<T>) +
+           (COEFFICIENTS + BEFORE + Split<IN, OUT>::EXCHANGED + 3 * PARTS) * sizeof(Wide<T>);
   }
 };
 
@@ -182,6 +198,53 @@ __device__ void load_weights(Cell<T>* weights, const T* __restrict__ w, int out_
   cp_async_commit();
 }
 
+// Two warps of a block have summed the same outputs over half of the channels each. The first of them gets the whole
+// sums of the upper 16 pixels, the second those of the lower; both in sum[0].
+template <class W, int COLUMNS>
+__device__ void join_halves(W (&sum)[2][COLUMNS][2][4], W* exchanged, bool second) {
+  const int t = int(threadIdx.x), other = t ^ THREADS / 2;
+#pragma unroll
+  for (int n = 0; n < COLUMNS; n++) {
+    __syncthreads();  // whoever still reads the last sums
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      W &upper = sum[0][n][i / 4][i % 4], lower = sum[1][n][i / 4][i % 4];
+      exchanged[i * THREADS + t] = second ? upper : lower;
+      if (second) upper = lower;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum[0][n][i / 4][i % 4] += exchanged[i * THREADS + other];
+  }
+}
+
+// A block's row of statistics or of sums: lanes join theirs, then warps.
+template <bool BACKWARD, int OUT, class Total, class Part, class W>
+__device__ void leave_row(W* rows, Total (&total)[OUT / 16], Part* parts, int out_channels, int first) {
+  const int t = int(threadIdx.x);
+#pragma unroll
+  for (int n = 0; n < OUT / 16; n++) {
+#pragma unroll
+    for (int offset = 2; offset < WARP; offset *= 2) total[n].merge(shuffle_xor(total[n], offset));
+    if (lane() < 2)
+#pragma unroll
+      for (int v = 0; v < OCTET; v++) parts[t / WARP * OUT + n * 16 + octet_column() + v] = total[n].channel(v);
+  }
+  __syncthreads();
+  if (t >= OUT) return;
+  Part part = parts[t];
+  for (int warp = 1; warp < WARPS; warp++) part.merge(parts[warp * OUT + t]);
+  W* row = rows + 2 * i64(blockIdx.x) * out_channels + first + t;
+  if constexpr (BACKWARD) {
+    row[0] = part.g[0];
+    row[out_channels] = part.gx[0];
+  } else {
+    row[0] = part.mean[0];
+    row[out_channels] = part.m2[0];
+    if (first + t == 0) rows[2 * i64(gridDim.x) * out_channels + blockIdx.x] = part.n;
+  }
+}
+
 struct Nothing {};
 
 // y (N, P, Q, out_channels) from x (N, H, W, IN): of a forward pass, or dx from dz.
@@ -191,12 +254,12 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
              const __grid_constant__ Geometry g, const __grid_constant__ Load load,
              const __grid_constant__ Finish input) {
   using W = Wide<T>;
-  using S = Split<T, IN, OUT>;
+  using S = Split<IN, OUT>;
   using L = Layout<T, IN, OUT, BACKWARD>;
   using F = typename L::F;
   using Total = std::conditional_t<BACKWARD, Sums<W, OCTET>, Statistics<W>>;
   using Part = std::conditional_t<BACKWARD, Sums<W, 1>, Moments<W, 1>>;
-  constexpr int HEIGHT = 2;                                                                   // fragments of 16 pixels
+  constexpr int HEIGHT = S::HEIGHT, COLUMNS = S::COLUMNS;
   constexpr int BATCH = blocks_at_once<T>(OUT) == 2 ? (BACKWARD ? 2 : 3) : BACKWARD ? 4 : 6;  // loads of a thread
 
   SmemArena arena;
@@ -204,6 +267,7 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
   Cell<T>* weights = arena.take<Cell<T>>(L::WEIGHTS);
   W* coefficients = arena.take<W>(L::COEFFICIENTS);
   W* before = arena.take<W>(L::BEFORE);
+  W* exchanged = arena.take<W>(S::EXCHANGED);
   Part* parts = arena.take<Part>(L::PARTS);
 
   const int first = int(blockIdx.y) * OUT, t = int(threadIdx.x);
@@ -234,18 +298,19 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
     load_batch_norm(coefficients, coefficients + IN, load, IN, 0, IN, publish);
   }
 
-  const int warp = t / WARP, warp_row = warp / S::ACROSS, column = warp % S::ACROSS * S::COLUMNS * 16;
-  const int pixel0 = warp_row * HEIGHT * 16;
+  const int warp = t / WARP, half = warp / (WARPS / S::DEEP), pixel0 = warp % (WARPS / S::DEEP) * HEIGHT * 16;
+  const int k0 = half * (IN / S::DEEP) + (BACKWARD ? F::own_k() : F::across_k());  // of this lane, for weights
   const bool works = pixel0 < g.pixels;  // tiles may be smaller than the block
   const Cell<T>* own_pixel[HEIGHT];
 #pragma unroll
   for (int i = 0; i < HEIGHT; i++)
-    own_pixel[i] = tile + (works ? g.place(pixel0 + i * 16 + F::own_line()) * L::PITCH + F::own_k() : 0);
+    own_pixel[i] =
+        tile + (works ? g.place(pixel0 + i * 16 + F::own_line()) * L::PITCH : 0) + half * (IN / S::DEEP) + F::own_k();
   const int eight = (g.place(8) - g.place(0)) * L::PITCH;
-  const Cell<T>* own_weight = BACKWARD ? weights + (column + F::own_line()) * L::WEIGHT_PITCH + F::own_k()
-                                       : weights + F::across_k() * L::WEIGHT_PITCH + column + F::across_line();
+  const Cell<T>* own_weight =
+      weights + (BACKWARD ? F::own_line() * L::WEIGHT_PITCH + k0 : k0 * L::WEIGHT_PITCH + F::across_line());
 
-  Total total[S::COLUMNS]{};
+  Total total[COLUMNS]{};
   for (int number = int(blockIdx.x); number < g.tiles; number += int(gridDim.x)) {
     const Place corner = corner_of(g, number);
     if (number == int(blockIdx.x)) cp_async_wait<0>();
@@ -254,19 +319,18 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
     __syncthreads();
     const int next = number + int(gridDim.x);
     if (next < g.tiles) loader.fetch(g.inputs, InputPixels{g, corner_of(g, next)});
-    if (!works) continue;
     for (int kind = 0; kind < g.classes; kind++) {
-      W sum[HEIGHT][S::COLUMNS][2][4] = {};
+      W sum[HEIGHT][COLUMNS][2][4] = {};
 #pragma unroll(IN == 16 ? 3 : 1)
-      for (int i = g.begin[kind]; i < g.begin[kind + 1]; i++) {
+      for (int i = works ? g.begin[kind] : TAPS; i < g.begin[kind + 1]; i++) {
         const int offset = g.offset[i] * L::PITCH, tap = g.tap[i] * L::WEIGHT_LINES * L::WEIGHT_PITCH;
 #pragma unroll
-        for (int k = 0; k < IN; k += F::DEPTH) {
+        for (int k = 0; k < IN / S::DEEP; k += F::DEPTH) {
           F pixels[HEIGHT];
 #pragma unroll
           for (int h = 0; h < HEIGHT; h++) pixels[h].load(own_pixel[h] + offset + k, eight);
 #pragma unroll
-          for (int n = 0; n < S::COLUMNS; n++) {
+          for (int n = 0; n < COLUMNS; n++) {
             F filters;
             if constexpr (BACKWARD)
               filters.load(own_weight + tap + n * 16 * L::WEIGHT_PITCH + k, 8 * L::WEIGHT_PITCH);
@@ -277,16 +341,18 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
           }
         }
       }
+      if constexpr (S::DEEP == 2) join_halves(sum, exchanged, half == 1);
+      if (!works) continue;
       const OutputPixels outputs{g, corner, kind >> 1, kind & 1};
 #pragma unroll
-      for (int h = 0; h < HEIGHT; h++) {
-        const Place place = outputs.place(pixel0 + h * 16 + octet_row());
+      for (int h = 0; h < HEIGHT / S::DEEP; h++) {
+        const Place place = outputs.place(pixel0 + (h + half) * 16 + octet_row());
         const int pixel = (place.n * g.P + place.i) * g.Q + place.j;  // may be none
         const bool exists = outputs.exists(place);
 #pragma unroll
-        for (int n = 0; n < S::COLUMNS; n++) {
+        for (int n = 0; n < COLUMNS; n++) {
           const Octet<W> octet = octet_of(sum[h][n]);
-          const int c = column + n * 16 + octet_column();
+          const int c = n * 16 + octet_column();
           const i64 at = i64(pixel) * out_channels + first + c;
           if (!exists) continue;
           if constexpr (BACKWARD)
@@ -297,31 +363,7 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
       }
     }
   }
-
-  // This block's row: lanes join theirs, then warps.
-  if (!rows) return;
-#pragma unroll
-  for (int n = 0; n < S::COLUMNS; n++) {
-#pragma unroll
-    for (int offset = 2; offset < WARP; offset *= 2) total[n].merge(shuffle_xor(total[n], offset));
-    if (lane() < 2)
-#pragma unroll
-      for (int v = 0; v < OCTET; v++)
-        parts[warp_row * OUT + column + n * 16 + octet_column() + v] = total[n].channel(v);
-  }
-  __syncthreads();
-  if (t >= OUT) return;
-  Part part = parts[t];
-  for (int i = 1; i < WARPS / S::ACROSS; i++) part.merge(parts[i * OUT + t]);
-  W* row = rows + 2 * i64(blockIdx.x) * out_channels + first + t;
-  if constexpr (BACKWARD) {
-    row[0] = part.g[0];
-    row[out_channels] = part.gx[0];
-  } else {
-    row[0] = part.mean[0];
-    row[out_channels] = part.m2[0];
-    if (first + t == 0) rows[2 * i64(gridDim.x) * out_channels + blockIdx.x] = part.n;
-  }
+  if (rows) leave_row<BACKWARD, OUT>(rows, total, parts, out_channels, first);
 }
 
 // ---- launchers ----------------------------------------------------------------------------------------------------
@@ -361,7 +403,7 @@ void with_channels(i64 in, i64 out, const Body& body) {
 
 template <class T, int IN, int OUT, bool BACKWARD>
 Geometry plan(const Window& s, i64 out_channels) {
-  return tiles_of(s, BACKWARD, Split<T, IN, OUT>::PIXELS, out_channels / OUT, Layout<T, IN, OUT, BACKWARD>::bytes);
+  return tiles_of(s, BACKWARD, Split<IN, OUT>::PIXELS, out_channels / OUT, Layout<T, IN, OUT, BACKWARD>::bytes);
 }
 
 template <class T, bool BACKWARD>
