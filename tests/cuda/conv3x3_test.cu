@@ -346,6 +346,47 @@ void test_backward_weight(const Kernels<T>& k, const Case& s, bool transforms, b
   CHECK(same_bits(dw, again));
 }
 
+// ---- NaN and what is refused --------------------------------------------------------------------------------------
+
+// One NaN shows in the nine outputs that it meets and in all statistics, through batch norm and ReLU.
+template <class T>
+void test_nan(const Kernels<T>& k) {
+  const Case s{2, 5, 6, 16, 16, 1};
+  Array<T> x(s.x()), w(s.w()), y(s.y());
+  fill_uniform(x, 1);
+  fill_uniform(w, 2);
+  x[((1 * s.H + 2) * s.W + 3) * s.C + 7] = rounded<T>(NAN);
+  Parameters<Wide<T>> bn(s.C, false);
+  Array<Wide<T>> rows(int(k.conv3x3_rows(s.window(), false)) * (2 * s.K + 1));
+  k.conv3x3_forward(y.data(), rows.data(), x.data(), w.data(), bn.template known<T>(), s.window());
+  wait();
+  for (int i = 0; i < s.y(); i++) {
+    const int q = i / s.K % s.Q(), p = i / s.K / s.Q() % s.P(), n = i / s.K / s.Q() / s.P();
+    CHECK(std::isnan(value(y[i])) == (n == 1 && std::abs(p - 2) <= 1 && std::abs(q - 3) <= 1));
+  }
+  bool shown = false;
+  for (int row = 0; row < rows.size() / (2 * s.K + 1); row++) shown |= std::isnan(double(rows[2 * row * s.K]));
+  CHECK(shown);
+}
+
+template <class T>
+void test_refused(const Kernels<T>& k) {
+  const Case s{1, 4, 4, 16, 16, 1};
+  Array<T> x(s.x() + 1), w(s.w()), y(s.y());
+  Window other = s.window();
+  other.C = 48;
+  CHECK(k.conv3x3_rows(other, false) == 0);
+  const auto refuses = [&](const T* from, const Window& window) {
+    try {
+      k.conv3x3_forward(y.data(), nullptr, from, w.data(), BatchNorm<T>{}, window);
+      return false;
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+  };
+  CHECK(refuses(x.data(), other) && refuses(x.data() + 1, s.window()));
+}
+
 // ---- all ----------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -379,9 +420,8 @@ void test_all() {
     test_statistics(k, s, 2);  // a mean that is large beside the deviation
     test_gradient_rows(k, s);
   }
-  Window other = SMALL[0].window();
-  other.C = 48;
-  CHECK(k.conv3x3_rows(other, false) == 0);
+  test_nan(k);
+  test_refused(k);
 }
 
 }  // namespace
