@@ -164,9 +164,13 @@ struct Kernels {
   // dx (N, H, W, C) from dz (N, P, Q, K), w as it is.
   void (*conv3x3_backward_input)(T* dx, const T* dz, const T* w, const BatchNormGradient<T>& gradient,
                                  const InputGradient<T>& input, const Window& s);
-  // dw from dz and x, or relu(batch norm of x) whose mean and inv_std are known.
-  void (*conv3x3_backward_weight)(Wide<T>* dw, const T* dz, const T* x, const BatchNormGradient<T>& gradient,
-                                  const BatchNorm<T>& batch_norm, const Window& s);
+  // dw from dz and x, or relu(batch norm of x) whose mean and inv_std are known. If `slabs` is given, conv3x3_slabs
+  // times as large as dw, dw is not written, but left there in parts, to be added in order by whoever updates the
+  // weights.
+  i64 (*conv3x3_slabs)(const Window& s);
+  void (*conv3x3_backward_weight)(Wide<T>* dw, Wide<T>* slabs, const T* dz, const T* x,
+                                  const BatchNormGradient<T>& gradient, const BatchNorm<T>& batch_norm,
+                                  const Window& s);
   // y (N, H, W, C) = relu(batch norm of x + shortcut); shortcut_batch_norm, if it has a gamma, applies to the shortcut,
   // which then is the raw output of a convolution. C is a power of two from 16 to 256.
   void (*block_output)(T* y, const T* x, const BatchNorm<T>& batch_norm, const Shortcut<T>& shortcut,

@@ -23,8 +23,9 @@
 // class, (row % 2, column % 2), decides which, and the tile is walked once for each of the four classes.
 //
 // What it costs, in bf16 at a batch of 128; registers are those of nvcc 13.0 for sm_90a, forward and backward, and none
-// spill. x: bytes of x read for each byte that it has, more than 1 where a tile's border belongs to others too, or where
-// two blocks share the filters. A block reads its weights and its batch norm's rows (fused.h) once, from the L2 cache.
+// spill. x: bytes of x read for each byte that it has, more than 1 where a tile's border belongs to others too, or
+// where two blocks share the filters. A block reads its weights and its batch norm's rows (fused.h) once, from the L2
+// cache.
 //
 //                    tile             warp       blocks x tiles   registers   shared    x      weights   rows
 //   16 of 32 x 32    8 x 32 x 16      32 x 16    256 x 2          115, 128    25 KB     1.19    5 KB     34 KB
@@ -552,30 +553,53 @@ __global__ void __launch_bounds__(THREADS) add_slabs(W* __restrict__ dw, const W
   if (threadIdx.x < WARP) dw[i] = sum;
 }
 
+// How the channels and the tiles of a weight gradient are shared out.
+template <class T, int C_BLOCK, int K_BLOCK>
+struct WeightPlan {
+  Geometry g;
+  i64 slabs;
+
+  explicit WeightPlan(const Window& s) {
+    const i64 squares = s.C / C_BLOCK * (s.K / K_BLOCK);
+    g = tiles_of(s, false, WeightSplit<C_BLOCK, K_BLOCK>::PIXELS, squares, WeightLayout<T, C_BLOCK, K_BLOCK>::bytes);
+    // 9 KB of sums for two blocks on each multiprocessor, or up to 37 KB for one: 5 MB at most.
+    slabs = blocks_for(g.tiles, MULTIPROCESSORS * (C_BLOCK * K_BLOCK == 256 ? 2 : 1) / squares);
+  }
+};
+
+template <class Body>
+void with_weight_blocks(const Window& s, const Body& body) {
+  const auto with_k = [&](auto C_BLOCK) { s.K == 16 ? body(C_BLOCK, Channels<16>()) : body(C_BLOCK, Channels<32>()); };
+  s.C == 16 ? with_k(Channels<16>()) : with_k(Channels<32>());
+}
+
 template <class T>
-void conv3x3_backward_weight(Wide<T>* dw, const T* dz, const T* x, const BatchNormGradient<T>& gradient,
+i64 conv3x3_slabs(const Window& s) {
+  i64 slabs = 0;
+  if (fits(s))
+    with_weight_blocks(s, [&](auto C_BLOCK, auto K_BLOCK) { slabs = WeightPlan<T, C_BLOCK, K_BLOCK>(s).slabs; });
+  return slabs;
+}
+
+template <class T>
+void conv3x3_backward_weight(Wide<T>* dw, Wide<T>* slabs, const T* dz, const T* x, const BatchNormGradient<T>& gradient,
                              const BatchNorm<T>& batch_norm, const Window& s) {
   const char* op = "conv3x3_backward_weight";
   expect_fit(op, s, {dz, x, gradient.y});
-  const auto with_blocks = [&](auto C_BLOCK, auto K_BLOCK) {
-    using L = WeightLayout<T, C_BLOCK, K_BLOCK>;
-    const i64 squares = s.C / C_BLOCK * (s.K / K_BLOCK), n = TAPS * s.C * s.K;
-    const Geometry g = tiles_of(s, false, WeightSplit<C_BLOCK, K_BLOCK>::PIXELS, squares, L::bytes);
-    // 9 KB of sums for two blocks on each multiprocessor, or up to 37 KB for one: 5 MB at most.
-    const i64 slabs = blocks_for(g.tiles, MULTIPROCESSORS * (C_BLOCK * K_BLOCK == 256 ? 2 : 1) / squares);
-    const Scratch<Wide<T>> scratch(slabs > 1 ? slabs * n : 0);
-    Wide<T>* to = slabs > 1 ? scratch.get() : dw;
-    const dim3 grid(unsigned(slabs), unsigned(s.C / C_BLOCK), unsigned(s.K / K_BLOCK));
-    launch(op, weight_gradient<T, C_BLOCK, K_BLOCK>, grid, dim3(THREADS), L::bytes(g), current_stream(), to, dz, x,
-           int(s.C), int(s.K), g, gradient, batch_norm);
-    if (slabs > 1)
-      launch(op, add_slabs<Wide<T>>, dim3(unsigned(n / WARP)), dim3(THREADS), 0, current_stream(), dw, to, int(slabs),
-             int(n));
-  };
-  const auto with_k = [&](auto C_BLOCK) {
-    s.K == 16 ? with_blocks(C_BLOCK, Channels<16>()) : with_blocks(C_BLOCK, Channels<32>());
-  };
-  s.C == 16 ? with_k(Channels<16>()) : with_k(Channels<32>());
+  with_weight_blocks(s, [&](auto C_BLOCK, auto K_BLOCK) {
+    const WeightPlan<T, C_BLOCK, K_BLOCK> plan(s);
+    const i64 n = TAPS * s.C * s.K;
+    const bool add = !slabs && plan.slabs > 1;
+    const Scratch<Wide<T>> scratch(add ? plan.slabs * n : 0);
+    Wide<T>* to = slabs ? slabs : add ? scratch.get() : dw;
+    const dim3 grid(unsigned(plan.slabs), unsigned(s.C / C_BLOCK), unsigned(s.K / K_BLOCK));
+    launch(op, weight_gradient<T, C_BLOCK, K_BLOCK>, grid, dim3(THREADS),
+           WeightLayout<T, C_BLOCK, K_BLOCK>::bytes(plan.g), current_stream(), to, dz, x, int(s.C), int(s.K), plan.g,
+           gradient, batch_norm);
+    if (add)
+      launch(op, add_slabs<Wide<T>>, dim3(unsigned(n / WARP)), dim3(THREADS), 0, current_stream(), dw, to,
+             int(plan.slabs), int(n));
+  });
 }
 
 }  // namespace
@@ -585,6 +609,7 @@ void conv3x3_kernels(Kernels<T>& table) {
   table.conv3x3_rows = conv3x3_rows<T>;
   table.conv3x3_forward = conv3x3_forward<T>;
   table.conv3x3_backward_input = conv3x3_backward_input<T>;
+  table.conv3x3_slabs = conv3x3_slabs<T>;
   table.conv3x3_backward_weight = conv3x3_backward_weight<T>;
 }
 template void conv3x3_kernels<float>(Kernels<float>&);
