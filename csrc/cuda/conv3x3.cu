@@ -48,10 +48,11 @@ namespace {
 
 constexpr int WARPS = THREADS / WARP;
 
-// How many blocks each multiprocessor is meant to run at once; two share its registers.
+// How many blocks each multiprocessor is meant to run at once, for that many channels on either side; two share its
+// registers.
 template <class T>
-__host__ __device__ constexpr int blocks_at_once(int out_channels) {
-  return sizeof(T) < 8 && out_channels == 16 ? 2 : 1;
+__host__ __device__ constexpr int blocks_at_once(int in, int out) {
+  return sizeof(T) < 8 && in == 16 && out == 16 ? 2 : 1;
 }
 
 // ---- a tile of outputs, finished ----------------------------------------------------------------------------------
@@ -250,7 +251,7 @@ struct Nothing {};
 
 // y (N, P, Q, out_channels) from x (N, H, W, IN): of a forward pass, or dx from dz.
 template <class T, int IN, int OUT, bool BACKWARD, class Load, class Finish>
-__global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
+__global__ void __launch_bounds__(THREADS, blocks_at_once<T>(IN, OUT))
     convolve(T* y, Wide<T>* rows, const T* __restrict__ x, const T* __restrict__ w, int out_channels,
              const __grid_constant__ Geometry g, const __grid_constant__ Load load,
              const __grid_constant__ Finish input) {
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(OUT))
   using Total = std::conditional_t<BACKWARD, Sums<W, OCTET>, Statistics<W>>;
   using Part = std::conditional_t<BACKWARD, Sums<W, 1>, Moments<W, 1>>;
   constexpr int HEIGHT = S::HEIGHT, COLUMNS = S::COLUMNS;
-  constexpr int BATCH = blocks_at_once<T>(OUT) == 2 ? (BACKWARD ? 2 : 3) : BACKWARD ? 4 : 6;  // loads of a thread
+  constexpr int BATCH = blocks_at_once<T>(IN, OUT) == 2 ? (BACKWARD ? 2 : 3) : BACKWARD ? 4 : 6;  // loads of a thread
 
   SmemArena arena;
   Cell<T>* tile = arena.take<Cell<T>>(g.inputs * L::PITCH);
@@ -471,7 +472,7 @@ struct WeightLayout {
 };
 
 template <class T, int C_BLOCK, int K_BLOCK>
-__global__ void __launch_bounds__(THREADS, blocks_at_once<T>(C_BLOCK* K_BLOCK / 16))
+__global__ void __launch_bounds__(THREADS, blocks_at_once<T>(C_BLOCK, K_BLOCK))
     weight_gradient(Wide<T>* __restrict__ slabs, const T* __restrict__ dz, const T* __restrict__ x, int C, int K,
                     const __grid_constant__ Geometry g, const __grid_constant__ BatchNormGradient<T> gradient,
                     const __grid_constant__ BatchNorm<T> bn) {
