@@ -72,6 +72,56 @@ struct WideOf<bf16> {
 template <class T>
 using Wide = typename WideOf<T>::Type;
 
+// ---- for the 3x3 convolutions fused with batch norm (conv3x3.cu) ---------------------------------------------------
+// Batch norm needs sums over a whole tensor. The kernel that writes the tensor leaves them in parts, `rows`: one row
+// for each of its blocks, in a buffer of `row_count` rows. The kernels that read the tensor add the rows, in their
+// order, before they begin; the first of them also keeps the result, which later ones then read instead.
+
+// Batch norm of a raw tensor x (M, C) as it is loaded: x * scale + shift with scale = gamma * inv_std and
+// shift = beta - mean * scale.
+template <class T>
+struct BatchNorm {
+  const Wide<T>*gamma, *beta;          // both nullptr: there is no batch norm, and no ReLU after it
+  const Wide<T>* rows;                 // per block C means, C sums of squared deviations; behind all rows a count each
+  i64 row_count;                       // 0: mean and inv_std are known
+  Wide<T>*mean, *inv_std;              // (C), written if there are rows, else read
+  Wide<T>*running_mean, *running_var;  // updated if there are rows, and if they are given
+  double momentum, eps;
+};
+
+// Its gradient: dy of the raw tensor y (M, C) from dz, the gradient of the batch norm's result, as it is loaded:
+// dy = a * dz + b * y + c, with a, b and c from the sums of dz and of dz * (y - mean) over M.
+template <class T>
+struct BatchNormGradient {
+  const T* y;  // nullptr: there is no batch norm, and dz is dy
+  const Wide<T>*gamma, *mean, *inv_std;
+  const Wide<T>* rows;     // per block C sums of dz, C sums of dz * (y - mean)
+  i64 row_count;           // 0: dgamma and dbeta are known
+  Wide<T>*dgamma, *dbeta;  // (C), written if there are rows, else read
+};
+
+// What goes round the convolutions of a block: x (N, H, W, C). Forward, y[n, p, q, k] += x[n, p * stride, q * stride,
+// k - before] where x has such a channel; backward, the other way round, dx[n, p * stride, q * stride, c] +=
+// x[n, p, q, c + before]. 1 and 0 are the identity; option A has a stride of 2, and before its channels that many
+// zeros.
+template <class T>
+struct Shortcut {
+  const T* x;  // nullptr: none
+  i64 H, W, C, stride, before;
+};
+
+// What becomes of dx (N, H, W, C), the gradient by the input of a convolution: dz = (dx + shortcut) where the ReLU
+// before the convolution let its input pass, else 0; and the parts of the sums that the batch norm before that ReLU
+// needs.
+template <class T>
+struct InputGradient {
+  Shortcut<T> shortcut;  // the gradient that came round
+  const T* output;  // dz passes where output > 0, or, if it is nullptr and beta is given, where batch norm of y > 0
+  const T* y;       // the raw input (N, H, W, C) of that batch norm
+  const Wide<T>*gamma, *beta, *mean, *inv_std;
+  Wide<T>* rows;  // per block C sums of dz, C sums of dz * (y - mean); nullptr: not wanted
+};
+
 template <class T>
 struct Kernels {
   // elementwise.cpp ------------------------------------------------------------------------------------------
@@ -107,6 +157,33 @@ struct Kernels {
   // Writes dx, or adds to what it holds.
   void (*conv2d_backward_input)(T* dx, const T* dy, const T* w, const Window& s, ConvAlgorithm algorithm, bool add);
   void (*conv2d_backward_weight)(Wide<T>* dw, const T* dy, const T* x, const Window& s, ConvAlgorithm algorithm);
+
+  // conv3x3.cu: padding 1, stride 1 or 2, C and K each 16, 32 or 64, arrays aligned to 16 bytes; nullptr on the CPU ---
+  // float goes through the tensor cores as tf32. How many rows of partial sums a kernel leaves, forward or in
+  // backward_input; 0 if these kernels do not take the shape.
+  i64 (*conv3x3_rows)(const Window& s, bool backward);
+  // y = convolution of relu(batch norm of x), or of x, with w; rows, if given, get the statistics of y:
+  // conv3x3_rows * (2 K + 1) numbers.
+  void (*conv3x3_forward)(T* y, Wide<T>* rows, const T* x, const T* w, const BatchNorm<T>& batch_norm, const Window& s);
+  // dx (N, H, W, C) from dz (N, P, Q, K), w as it is.
+  void (*conv3x3_backward_input)(T* dx, const T* dz, const T* w, const BatchNormGradient<T>& gradient,
+                                 const InputGradient<T>& input, const Window& s);
+  // dw from dz and x, or relu(batch norm of x) whose mean and inv_std are known. If `slabs` is given, conv3x3_slabs
+  // times as large as dw, dw is not written, but left there in parts, to be added in order by whoever updates the
+  // weights.
+  i64 (*conv3x3_slabs)(const Window& s);
+  void (*conv3x3_backward_weight)(Wide<T>* dw, Wide<T>* slabs, const T* dz, const T* x,
+                                  const BatchNormGradient<T>& gradient, const BatchNorm<T>& batch_norm,
+                                  const Window& s);
+  // y (N, H, W, C) = relu(batch norm of x + shortcut); shortcut_batch_norm, if it has a gamma, applies to the shortcut,
+  // which then is the raw output of a convolution. C is a power of two from 16 to 256.
+  void (*block_output)(T* y, const T* x, const BatchNorm<T>& batch_norm, const Shortcut<T>& shortcut,
+                       const BatchNorm<T>& shortcut_batch_norm, i64 N, i64 H, i64 W, i64 C);
+  // dz = dy where output > 0, else 0, all (M, C), and the rows of sums with y, the batch norm's raw input:
+  // block_output_rows * 2 C numbers. Where no convolution's backward_input has done it.
+  i64 (*block_output_rows)(i64 M, i64 C);
+  void (*block_output_backward)(T* dz, Wide<T>* rows, const T* dy, const T* output, const T* y, const Wide<T>* mean,
+                                i64 M, i64 C);
 
   // batch_norm.cpp: x is (M, C), statistics over M ----------------------------------------------------------
   // y = gamma * (x - mean) * inv_std + beta, plus residual if given, through ReLU if asked. mean and inv_std

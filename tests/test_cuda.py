@@ -24,6 +24,7 @@ EMULATION = {
 }
 KERNELS = {source.stem: f"tests/cuda/{source.stem}_test.cu" for source in sorted((ROOT / "csrc/cuda").glob("*.cu"))}
 del KERNELS["table"]  # no kernels of its own
+KERNELS["fused_blocks"] = "tests/cuda/fused_blocks_test.cu"
 PROGRAMS = {**EMULATION, **KERNELS}
 BUILDS = {
     "plain": ["-O2"],

@@ -57,6 +57,10 @@ void matmul_kernels(Kernels<T>& table);
 template <class T>
 void conv2d_kernels(Kernels<T>& table);
 template <class T>
+void conv3x3_kernels(Kernels<T>& table);
+template <class T>
+void block_output_kernels(Kernels<T>& table);
+template <class T>
 void batch_norm_kernels(Kernels<T>& table);
 template <class T>
 void pool_kernels(Kernels<T>& table);

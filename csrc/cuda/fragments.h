@@ -51,7 +51,7 @@ struct tf32 {
 
 __device__ inline int lane() { return int(threadIdx.x) % WARP; }
 
-// 16 lines of an operand by DEPTH elements along k; T is bf16, float or tf32.
+// 16 lines of an operand by DEPTH elements along k; T is bf16, float or tf32 (and double, below).
 template <class T>
 struct Fragment {
   static constexpr int LINES = 16, DEPTH = 32 / sizeof(T);
@@ -64,7 +64,7 @@ struct Fragment {
   static __device__ int own_line() { return lane() % 16; }
   static __device__ int own_k() { return lane() / 16 * (DEPTH / 2); }
 
-  __device__ void load(const T* own) {
+  __device__ void load(const T* own, int = 0) {
     ldmatrix_x4(word, own);
     round();
   }
@@ -95,6 +95,33 @@ struct Fragment {
   }
 };
 
+// The same for doubles, whose products serve gradient checks: lane 4 g + p holds element p of the lines g and g + 8,
+// and the instruction takes 8 lines of each operand.
+template <>
+struct Fragment<double> {
+  static constexpr int LINES = 16, DEPTH = 4;
+  static constexpr int PADDING = 2, ACROSS_PADDING = 8;
+
+  double word[2];
+
+  static __device__ int own_line() { return lane() / 4; }
+  static __device__ int own_k() { return lane() % 4; }
+
+  // eight: how far line i + 8 lies from line i, for every i < 8.
+  __device__ void load(const double* own, int eight) {
+    word[0] = own[0];
+    word[1] = own[eight];
+  }
+
+  static __device__ int across_k() { return lane() % 4; }
+  static __device__ int across_line() { return lane() / 4; }
+
+  __device__ void load_across(const double* own, int) {
+    word[0] = own[0];
+    word[1] = own[8];
+  }
+};
+
 // sum (16 rows of a, 16 columns of b) += a b, in two halves of 8 columns.
 template <class T>
 __device__ inline void multiply_add(float (&sum)[2][4], const Fragment<T>& a, const Fragment<T>& b) {
@@ -105,6 +132,14 @@ __device__ inline void multiply_add(float (&sum)[2][4], const Fragment<T>& a, co
       mma_bf16_16816(sum[half], a.word, columns);
     else
       mma_tf32_1688(sum[half], a.word, columns);
+  }
+}
+
+__device__ inline void multiply_add(double (&sum)[2][4], const Fragment<double>& a, const Fragment<double>& b) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    mma_f64_884(sum[half][0], sum[half][1], a.word[0], b.word[half]);
+    mma_f64_884(sum[half][2], sum[half][3], a.word[1], b.word[half]);
   }
 }
 

@@ -11,6 +11,8 @@ Kernels<T> gather() {
   reduce_kernels(table);
   matmul_kernels(table);
   conv2d_kernels(table);
+  conv3x3_kernels(table);
+  block_output_kernels(table);
   batch_norm_kernels(table);
   pool_kernels(table);
   loss_kernels(table);

@@ -31,16 +31,16 @@ __global__ void multiply(float* y, const float* a, const float* b, bool a_across
     b_tile[b_across ? k * WIDE + line : line * LONG + k] = element<T>(b[k * 16 + line]);
   }
   __syncwarp();
-  float sum[2][4] = {};
+  std::conditional_t<sizeof(T) == 8, double, float> sum[2][4] = {};
   for (int k = 0; k < K; k += F::DEPTH) {
     F rows, columns;
     const int along = F::own_line() * LONG + F::own_k() + k, across = (F::across_k() + k) * WIDE + F::across_line();
-    a_across ? rows.load_across(&a_tile[across], WIDE) : rows.load(&a_tile[along]);
-    b_across ? columns.load_across(&b_tile[across], WIDE) : columns.load(&b_tile[along]);
+    a_across ? rows.load_across(&a_tile[across], WIDE) : rows.load(&a_tile[along], 8 * LONG);
+    b_across ? columns.load_across(&b_tile[across], WIDE) : columns.load(&b_tile[along], 8 * LONG);
     multiply_add(sum, rows, columns);
   }
   for (int half = 0; half < 2; half++)
-    for (int i = 0; i < 4; i++) y[sum_row(i) * 16 + sum_column(half, i)] = sum[half][i];
+    for (int i = 0; i < 4; i++) y[sum_row(i) * 16 + sum_column(half, i)] = float(sum[half][i]);
 }
 
 template <class T>
@@ -53,6 +53,7 @@ void test_product() {
     std::vector<double> want(16 * 16);
     // Operands as the tensor cores see them, so that what is left to differ is the order of the sum.
     const auto seen = [](float x) {
+      if (sizeof(T) == 8) return value(x);
       if (sizeof(T) == 2) return value(rounded<bf16>(x));
       u32 bits;
       std::memcpy(&bits, &x, sizeof bits);
@@ -112,5 +113,6 @@ int main() {
   test_all<bf16>();
   test_all<float>();
   test_all<tf32>();
+  test_product<double>();
   return report();
 }

@@ -7,7 +7,7 @@
 //   SHARED(name, float[ROWS][33]);                                    a static shared array; 16-byte aligned
 //   SmemArena arena; bf16* a = arena.take<bf16>(n);                   dynamic shared memory; 16-byte aligned
 //   cp_async16, cp_async4, ..._zfill(dst, src, valid), cp_async_commit(), cp_async_wait<N>()
-//   ldmatrix_x2, ldmatrix_x4, ..._trans, mma_bf16_16816, mma_tf32_1688, to_tf32
+//   ldmatrix_x2, ldmatrix_x4, ..._trans, mma_bf16_16816, mma_tf32_1688, mma_f64_884, to_tf32
 //   bf16, to_float(x), from_float<T>(x), WARP
 //   threadIdx ... gridDim, __syncthreads, __syncwarp, __shfl_{,up_,down_,xor_}sync, __ballot_sync, __any_sync,
 //   __all_sync, atomicAdd, atomicMax, atomicMin, atomicCAS, atomicExch, __threadfence

@@ -124,6 +124,13 @@ __device__ inline void mma_tf32_1688(float (&d)[4], const u32 (&a)[4], const u32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d (8, 8) += a (8, 4) b (4, 8): lane 4 g + p holds a[g][p], b[p][g], and d[g][2 p] and d[g][2 p + 1].
+__device__ inline void mma_f64_884(double& d0, double& d1, double a, double b) {
+  asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+               : "+d"(d0), "+d"(d1)
+               : "d"(a), "d"(b));
+}
+
 // To the nearest float with ten bits of mantissa, ties away from zero.
 __device__ inline u32 to_tf32(float x) {
   u32 y;

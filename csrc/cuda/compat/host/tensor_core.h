@@ -112,6 +112,31 @@ NO_TSAN inline void combine_mma_tf32(Thread* lanes, u32) {
   multiply(lanes, a, b);
 }
 
+struct Fragments64 {
+  double a, b, d[2];
+};
+struct Accumulators64 {
+  double d[2];
+};
+
+NO_TSAN inline void combine_mma_f64(Thread* lanes, u32) {
+  double a[8][4], b[4][8];
+  for (int lane = 0; lane < 32; lane++) {
+    const Fragments64* in = reinterpret_cast<const Fragments64*>(lanes[lane].in);
+    a[lane / 4][lane % 4] = in->a;
+    b[lane % 4][lane / 4] = in->b;
+  }
+  for (int lane = 0; lane < 32; lane++) {
+    const Fragments64* in = reinterpret_cast<const Fragments64*>(lanes[lane].in);
+    Accumulators64* out = reinterpret_cast<Accumulators64*>(lanes[lane].out);
+    for (int i = 0; i < 2; i++) {
+      double sum = in->d[i];
+      for (int k = 0; k < 4; k++) sum += a[lane / 4][k] * b[k][d_column(lane, i)];
+      out->d[i] = sum;
+    }
+  }
+}
+
 inline void mma(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], Site here, Combine combine) {
   const Fragments in{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {d[0], d[1], d[2], d[3]}};
   const auto out = exchange<Accumulators>(~0u, here, in, combine);
@@ -149,6 +174,15 @@ inline void mma_bf16_16816(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], 
 inline void mma_tf32_1688(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], const char* file = __builtin_FILE(),
                           int line = __builtin_LINE()) {
   emulation::mma(d, a, b, {__func__, file, line}, emulation::combine_mma_tf32);
+}
+
+// d (8, 8) += a (8, 4) b (4, 8): lane 4 g + p holds a[g][p], b[p][g], and d[g][2 p] and d[g][2 p + 1].
+inline void mma_f64_884(double& d0, double& d1, double a, double b, const char* file = __builtin_FILE(),
+                        int line = __builtin_LINE()) {
+  const emulation::Fragments64 in{a, b, {d0, d1}};
+  const auto out =
+      emulation::exchange<emulation::Accumulators64>(~0u, {__func__, file, line}, in, emulation::combine_mma_f64);
+  d0 = out.d[0], d1 = out.d[1];
 }
 
 // To the nearest float with ten bits of mantissa, ties away from zero.
