@@ -194,7 +194,7 @@ PARTS = [
         "tests/test_hostile.py -k cpu",
         [
             Mutant("a label one too large", "0 <= low and high < K", "0 <= low and high <= K"),
-            Mutant("the upstream gradient forgotten", "return self.kernels.mul(self.saved, dy)", "return self.saved"),
+            Mutant("the upstream gradient forgotten", "k.mul(widened(k, self.saved), dy)", "widened(k, self.saved)"),
         ],
     ),
     Part(
@@ -435,8 +435,8 @@ PARTS = [
         ],
     ),
     Part(
-        "conv2d, cuda",
-        "csrc/cuda/conv2d.cu",
+        "what convolutions share, cuda",
+        "csrc/cuda/correlation.h",
         "tests/ops/test_conv2d.py -k 'emulated and (matches_reference or total)'",
         "tests/test_cuda.py -k 'kernels and conv2d'",
         [
@@ -449,15 +449,23 @@ PARTS = [
                 "a digit one too far", "if (low >= lows) low -= lows, mid++;", "if (low > lows) low -= lows, mid++;"
             ),
             Mutant(
-                "the last row repeats the one before",
-                "if (row + (i + 1) * STRIDE <= last)",
-                "if (row + (i + 1) * STRIDE < last)",
-            ),
-            Mutant(
                 "the last lane's parts left out",
                 "for (int other = 1; other < lanes; other++)",
                 "for (int other = 1; other < lanes - 1; other++)",
                 "tests/ops/test_conv2d.py -k 'emulated and layers'",
+            ),
+        ],
+    ),
+    Part(
+        "conv2d, cuda",
+        "csrc/cuda/conv2d.cu",
+        "tests/ops/test_conv2d.py -k 'emulated and (matches_reference or total)'",
+        "tests/test_cuda.py -k 'kernels and conv2d'",
+        [
+            Mutant(
+                "the last row repeats the one before",
+                "if (row + (i + 1) * STRIDE <= last)",
+                "if (row + (i + 1) * STRIDE < last)",
             ),
             Mutant(
                 "no barrier before the products",
@@ -613,12 +621,20 @@ PARTS = [
         ],
     ),
     Part(
+        "what batch norm joins, cuda",
+        "csrc/cuda/moments.h",
+        "tests/ops/test_batch_norm.py -k 'emulated and (matches_reference or running)'",
+        "tests/test_cuda.py -k 'kernels and batch_norm'",
+        [
+            Mutant("merged with the wrong count", "apart * apart * n * weight", "apart * apart * b.n * weight"),
+        ],
+    ),
+    Part(
         "batch norm, cuda",
         "csrc/cuda/batch_norm.cu",
         "tests/ops/test_batch_norm.py -k 'emulated and (matches_reference or running)'",
         "tests/test_cuda.py -k 'kernels and batch_norm'",
         [
-            Mutant("merged with the wrong count", "apart * apart * n * weight", "apart * apart * b.n * weight"),
             Mutant("the gradient's slope not divided", "inv_std[c] / W(s.M)", "inv_std[c]"),
             Mutant(
                 "the biased variance kept",
@@ -790,7 +806,9 @@ PARTS = [
                 "argmax[c] >= 0 && argmax[c] <= s.R * s.S;",
             ),
             Mutant(
-                "a read-only array is written", '    expect_array(array.writeable(), name, "must be writable");\n', ""
+                "a read-only array is written",
+                '    check_dense<T>(name, array, shape);\n    expect_array(array.writeable(), name, "must be writable");\n',
+                "    check_dense<T>(name, array, shape);\n",
             ),
             Mutant(
                 "axes merged though b repeats",
