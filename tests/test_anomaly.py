@@ -83,6 +83,18 @@ BACKWARD = {  # op: (inputs, call, upstream, the input whose gradient it is)
 }
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_bfloat16(device):
+    """Which NumPy does not count among the floating-point types."""
+    x = tinyres.tensor(np.full((2, 3), 3e38, np.float32), device=device)
+    w = tinyres.tensor(np.ones((3, 2), np.float32), requires_grad=True, device=device)
+    with detect_anomaly(), tinyres.options(precision="bfloat16"):
+        with pytest.raises(NonFiniteError, match=r"\[MatMul\] the result of forward must be finite; got result inf at"):
+            x @ w
+        y = ops.cast(x, "bfloat16") * 0.5
+        assert y.dtype.name == "bfloat16"
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of the reference
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", FORWARD)

@@ -14,6 +14,7 @@ import numpy as np
 
 from tinyres.autograd import Function, Tensor, observed
 from tinyres.backend import Array, Device
+from tinyres.dtypes import is_bfloat16
 from tinyres.errors import GraphError, NonFiniteError, fail
 from tinyres.nn import Module
 
@@ -134,6 +135,8 @@ def _arrays(device: Device, name: str, value: Any) -> Iterator[tuple[str, Array]
 
 def _not_finite(device: Device, array: Array) -> str:
     """Where `array` is not finite, in words; nothing where it is."""
+    if is_bfloat16(array.dtype):
+        array = array.astype(np.float32)
     if array.dtype.kind not in "fc" or bool(np.isfinite(array).all()):  # which runs on a GPU for arrays that lie there
         return ""
     host = device.numpy(array)
