@@ -219,6 +219,7 @@ class Call {
 
     void round_back() const {
       if (use == Use::read) return;
+      const NoGil released;
       if (use == Use::write) return kernels<float>().to_bf16(original, values.get(), count);
       for (i64 i = 0; i < count; i++) {  // what lies between the elements is not the view's to touch
         const float before = to_float(original[i]);
@@ -246,6 +247,7 @@ class Call {
     void* const block = memory_take(std::size_t(count) * sizeof(float));
     copies_.push_back(Copy{use, original, {static_cast<float*>(block), memory_return}, count});
     float* const values = copies_.back().values.get();
+    const NoGil released;
     kernels<float>().from_bf16(values, original, count);
     return values - before;
   }

@@ -502,7 +502,7 @@ def cupy_with(count):
         return count
 
     runtime = types.SimpleNamespace(getDeviceCount=device_count, CUDARuntimeError=CUDARuntimeError)
-    return types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
+    return types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime), __version__="14.0.1")
 
 
 @pytest.mark.parametrize(

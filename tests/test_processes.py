@@ -186,7 +186,7 @@ def test_settings_belong_to_their_thread():
     inside, leave = threading.Event(), threading.Event()
 
     def change():
-        with tinyres.options(conv="naive", threads=2), tinyres.no_grad(), tinyres.detect_anomaly():
+        with tinyres.options(conv="naive", precision="tf32", threads=2), tinyres.no_grad(), tinyres.detect_anomaly():
             backend.use("reference")
             tinyres.manual_seed(9)
             inside.set()
@@ -196,7 +196,7 @@ def test_settings_belong_to_their_thread():
     thread.start()
     assert inside.wait(60)
     try:
-        assert tinyres.options.current() == {"conv": "auto", "threads": None}
+        assert tinyres.options.current() == {"conv": "auto", "precision": "float32", "threads": None}
         assert _cpu.threads() == _cpu.default_threads()
         x = tinyres.tensor([0.0], requires_grad=True, device="cpu")
         assert x.log().requires_grad and np.isinf(x.log().item())
