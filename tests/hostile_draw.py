@@ -296,7 +296,8 @@ def hostile(value, arguments, d):
             d.outputs += d.inputs
             d.inputs = []
             return d.pick([v for v in arguments.values() if isinstance(v, np.ndarray)])
-        return value.tolist() if d.chance(0.05) else hostile_array(value, d)
+        nested = d.chance(0.05) and value.size < 10_000  # what repeats one element by strides of 0 may be of any size
+        return value.tolist() if nested else hostile_array(value, d)
     if isinstance(value, (tuple, list)) and value and d.chance(0.6):
         items, place = list(value), d.random.randrange(len(value))
         how = d.integer(0, 4)
