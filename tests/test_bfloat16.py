@@ -122,9 +122,9 @@ def test_rounded_once(device, name):
 @pytest.mark.parametrize("stride", ((1, 1), (2, 1)))
 @pytest.mark.parametrize("C, K", ((5, 9), (16, 40)))
 @pytest.mark.parametrize("algorithm", ("naive", "tiled", "mma"))
-@pytest.mark.skipif("emulated" not in DEVICES, reason="its kernels are not built")
-def test_every_convolution_rounds_once(algorithm, C, K, stride):
-    kernels = backend.get("emulated").kernels
+@pytest.mark.parametrize("device", [name for name in DEVICES if name == "emulated"])
+def test_every_convolution_rounds_once(device, algorithm, C, K, stride):
+    kernels = backend.get(device).kernels
     x, w = _numbers(2, 7, 6, C), _numbers(3, 3, C, K)
     with tinyres.options(conv=algorithm):
         y = reference.conv2d_forward(_doubled(x), _doubled(w), stride, (1, 1))

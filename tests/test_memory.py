@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 import tinyres
-from tinyres import _cpu, backend
+from op_case import DEVICES
+from tinyres import _cpu, backend, nn
 from tinyres.errors import OutOfMemoryError, TinyresError
+from tinyres.options import PRECISION
 from tinyres.summary import Footprint
 
 # Out of memory ----------------------------------------------------------------------------------------------------
@@ -204,6 +206,28 @@ def test_summary_predicts_what_training_holds(network, shape):
     assert predicted.total - predicted.waiting == pytest.approx(measured["peak"], rel=0.1)
     assert predicted.total == pytest.approx(measured["held"], rel=0.1)
     assert predicted.total == pytest.approx(measured["resident"], rel=0.1, abs=4 << 20)
+
+
+CHOSEN = {"cpu": "winograd", "emulated": "mma", "reference": "mma"}  # reference takes any
+
+
+@pytest.mark.parametrize("device", [name for name in CHOSEN if name in DEVICES])
+def test_summary_with_every_choice_of_convolution(device):
+    """tf32, which has a convolution of its own where there are tensor cores, takes what float32 takes."""
+    before = backend.get()
+    backend.use(device)
+    try:
+        model = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)])
+        found = {}
+        for precision in PRECISION:
+            for conv in ("auto", CHOSEN[device]):
+                with tinyres.options(precision=precision, conv=conv):
+                    found[precision, conv] = tinyres.summary(model, (64, 16, 16, 8), show=False).training
+    finally:
+        backend.use(before)
+    for conv in ("auto", CHOSEN[device]):
+        assert found["tf32", conv] == found["float32", conv]
+        assert found["bfloat16", conv].activations < 0.75 * found["float32", conv].activations
 
 
 def test_summary_takes_no_memory_and_leaves_everything():

@@ -20,6 +20,7 @@ from tinyres.errors import ArgumentError, DtypeError, expect
 from tinyres.nn import Conv2d, Linear, Module
 from tinyres.nn.module import home_of
 from tinyres.ops import checks
+from tinyres.options import CONV
 
 FEW_PIXELS = 2**15  # of the images in a step that is made only to see what scratch it takes
 
@@ -160,7 +161,7 @@ class _Extension:
     """In the place of a device's extension: `call(kernel, number, args)` instead of the kernel, with the call's number
     among those of that kernel in this step."""
 
-    conv_algorithms = "auto", "naive", "direct", "tiled", "winograd"  # those of all devices
+    conv_algorithms: tuple[str, ...]
 
     def __init__(self, call):
         self.call, self.calls = call, Counter()
@@ -241,6 +242,8 @@ def _aside(model: Module, extension: _Extension) -> Iterator[Device]:
     """The model in training mode, recording, without hooks and gradients, on a device of its own, of that extension;
     afterwards everything is as it was."""
     home, draws = home_of(model), random.state()
+    # What convolutions the device has decides which one is asked for; the reference asks for none.
+    extension.conv_algorithms = home.kernels.extension.conv_algorithms if isinstance(home.kernels, Adapter) else CONV
     kernels = Adapter(home.name, np, extension, memory.empty, getattr(home.kernels, "overwrites", False))
     device = Device(home.name, kernels, np)
     leaves = [(p, p._data, p.device, p.grad, p._hooks) for p in model.parameters()]
