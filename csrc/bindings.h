@@ -929,6 +929,9 @@ void augment(const Array& x, const Array& images, const Array& index, const Arra
 }  // namespace
 
 inline void define_kernels(py::module_& module) {
+  // Fetches NumPy's table of functions. At a first call it would give up the GIL for that, and pybind11 has no
+  // enter_interpreter around the way back.
+  py::dtype::of<float>();
   module.def("binary", &binary);
   module.def("unary", &unary);
   module.def("unary_backward", &unary_backward);

@@ -101,7 +101,9 @@ pybind11::object* stream = nullptr;    // () -> the address of the stream to lau
 thread_local cudaStream_t stream_of_call = nullptr;
 
 void begin_call() {
-  stream_of_call = stream ? reinterpret_cast<cudaStream_t>((*stream)().cast<std::uintptr_t>()) : nullptr;
+  stream_of_call = nullptr;
+  if (stream)
+    enter_interpreter([] { stream_of_call = reinterpret_cast<cudaStream_t>((*stream)().cast<std::uintptr_t>()); });
 }
 
 }  // namespace
@@ -113,11 +115,13 @@ thread_local std::vector<std::pair<void*, pybind11::object>> scratch_blocks;
 void* scratch_take(std::size_t bytes) {
   const Gil gil;
   if (!allocate) throw pybind11::value_error("scratch memory needs an allocator: call connect first");
-  pybind11::object block = (*allocate)(bytes);
-  Array array;
-  if (!array.describe(block) || !array.flags() || std::size_t(array.size() * array.itemsize()) < bytes)
-    throw pybind11::type_error("the allocator must return a dense array of as many bytes as it was asked for");
-  scratch_blocks.emplace_back(const_cast<void*>(array.data()), std::move(block));
+  enter_interpreter([bytes] {
+    pybind11::object block = (*allocate)(bytes);
+    Array array;
+    if (!array.describe(block) || !array.flags() || std::size_t(array.size() * array.itemsize()) < bytes)
+      throw pybind11::type_error("the allocator must return a dense array of as many bytes as it was asked for");
+    scratch_blocks.emplace_back(const_cast<void*>(array.data()), std::move(block));
+  });
   return scratch_blocks.back().first;
 }
 
@@ -125,7 +129,7 @@ void scratch_return(void* block) noexcept {
   const Gil gil;
   for (auto held = scratch_blocks.begin(); held != scratch_blocks.end(); ++held) {
     if (held->first != block) continue;
-    scratch_blocks.erase(held);
+    enter_interpreter([held] { scratch_blocks.erase(held); });
     return;
   }
 }

@@ -15,18 +15,19 @@
 namespace tinyres {
 namespace {
 
-// While the interpreter ends, a thread that asks it for the GIL is ended by pthread_exit, which unwinds its stack: at
-// the first destructor the process would abort. Held here, a daemon thread is as harmless as one still in its kernel.
+// While the interpreter ends, a thread that asks it for the GIL, as Python code does again and again, is ended by
+// pthread_exit, which unwinds its stack: at the first destructor the process would abort. Held here, a daemon thread is
+// as harmless as one still in its kernel.
 template <class F>
-void enter_interpreter(const F& take_gil) {
+void enter_interpreter(const F& work) {
 #ifdef __GLIBCXX__
   try {
-    take_gil();
+    work();
   } catch (abi::__forced_unwind&) {
     for (;;) pause();
   }
 #else
-  take_gil();
+  work();
 #endif
 }
 

@@ -461,7 +461,10 @@ def test_the_interpreter_ends_while_threads_work(kernel):
 import tinyres.ops as ops
 from tinyres import _cpu
 tinyres.options(threads=3)
+sys.setswitchinterval(1e-6)  # a thread comes out of Python code as often as out of kernels
 model, a = make(0), np.ones(20_000, np.float32)
+for device in DEVICES:
+    tinyres.tensor(a, device=device)  # loads its kernels
 started = threading.Semaphore(0)
 def work():
     y = np.empty_like(a)
@@ -475,4 +478,4 @@ for _ in range(3):
 print("done")
 """
     for _ in range(3):
-        assert run(CHILD + program.replace("KERNEL", KERNELS[kernel])) == "done\n"
+        assert run(CHILD + program.replace("KERNEL", KERNELS[kernel]).replace("DEVICES", repr([*DEVICES]))) == "done\n"

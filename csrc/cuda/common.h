@@ -23,6 +23,9 @@ __host__ __device__ inline bf16 narrow<bf16>(float x) {
 
 __host__ __device__ constexpr i64 ceil_div(i64 n, i64 by) { return (n + by - 1) / by; }
 
+// Whether i lies in [0, size).
+__device__ inline bool within(int i, int size) { return unsigned(i) < unsigned(size); }
+
 // ---- supplied by whoever calls the launchers: the bindings, or a test ---------------------------------------------
 
 // The stream of the call in progress on this thread.

@@ -42,6 +42,7 @@
 //   N batch, H W input size, C channels, K filters, P Q output size; `in` and `out` are as the product sees them: in
 //   backward_input, in is of dy and out of dx.
 #include "conv3x3_tile.h"
+#include "correlation.h"
 
 namespace tinyres {
 namespace {
@@ -543,17 +544,6 @@ __global__ void __launch_bounds__(THREADS, blocks_at_once<T>(C_BLOCK, K_BLOCK))
   }
 }
 
-// dw[i] = the sum of slab[j][i] over all slabs: by eight threads, which take turns, then by halves.
-template <class W>
-__global__ void __launch_bounds__(THREADS) add_slabs(W* __restrict__ dw, const W* __restrict__ slab, int slabs, int n) {
-  const int i = int(blockIdx.x) * WARP + int(threadIdx.x) % WARP;  // n is a multiple of WARP
-  W sum = 0;
-#pragma unroll 8
-  for (int j = int(threadIdx.x) / WARP; j < slabs; j += WARPS) sum += slab[i64(j) * n + i];
-  sum = join_threads(sum, WARP, WARPS, [](W a, W b) { return a + b; });
-  if (threadIdx.x < WARP) dw[i] = sum;
-}
-
 // How the channels and the tiles of a weight gradient are shared out.
 template <class T, int C_BLOCK, int K_BLOCK>
 struct WeightPlan {
@@ -597,9 +587,7 @@ void conv3x3_backward_weight(Wide<T>* dw, Wide<T>* slabs, const T* dz, const T* 
     launch(op, weight_gradient<T, C_BLOCK, K_BLOCK>, grid, dim3(THREADS),
            WeightLayout<T, C_BLOCK, K_BLOCK>::bytes(plan.g), current_stream(), to, dz, x, int(s.C), int(s.K), plan.g,
            gradient, batch_norm);
-    if (add)
-      launch(op, add_slabs<Wide<T>>, dim3(unsigned(n / WARP)), dim3(THREADS), 0, current_stream(), dw, to,
-             int(plan.slabs), int(n));
+    if (add) launch_sum_parts(op, dw, to, int(plan.slabs), int(n));
   });
 }
 

@@ -24,9 +24,6 @@ inline Shape shape_of(const char* op, const Window& s) {
 // ceil_div without 64-bit division and without overflow.
 __host__ __device__ constexpr int pieces(int n, int size) { return n / size + (n % size > 0); }
 
-// Whether i lies in [0, size).
-__device__ inline bool within(int i, int size) { return unsigned(i) < unsigned(size); }
-
 // A number of three digits that counts up without division: row, column and channel of a tap, or image, row and
 // column of a pixel.
 struct Digits {

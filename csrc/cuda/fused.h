@@ -65,8 +65,6 @@ __device__ inline W relu(W x) {
   return 0 > x ? W(0) : x;  // NaN stays
 }
 
-__device__ inline bool within(int i, int size) { return unsigned(i) < unsigned(size); }
-
 // ---- batch norm, from the rows of its sums --------------------------------------------------------------------------
 
 template <class W>
