@@ -23,6 +23,7 @@
 #include <string_view>
 #include <type_traits>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "gil.h"
@@ -877,29 +878,42 @@ void cross_entropy(const Array& loss, const Array& dlogits, const Array& logits,
 }
 
 void sgd(const std::vector<Array>& weights, const std::optional<std::vector<Array>>& velocities,
-         const std::vector<Array>& gradients, const std::vector<double>& decays, double lr, double momentum,
-         bool nesterov) {
+         const std::vector<Array>& gradients, const std::vector<double>& decays, const std::variant<double, Array>& lr,
+         double momentum, bool nesterov, const std::optional<std::vector<OptionalArray>>& copies) {
   const Call call("sgd");
   const std::size_t count = weights.size();
-  call.expect(gradients.size() == count && decays.size() == count && (!velocities || velocities->size() == count),
-              "weights, velocities, gradients and decays must be of the same length");
+  call.expect(gradients.size() == count && decays.size() == count && (!velocities || velocities->size() == count) &&
+                  (!copies || copies->size() == count),
+              "weights, velocities, gradients, decays and copies must be of the same length");
   call.expect(momentum == 0 || velocities, "velocities must be given unless momentum is 0");
+  SgdRule rule{0, nullptr, momentum, nesterov};
+  if (const double* rate = std::get_if<double>(&lr)) {
+    rule.lr = *rate;
+  } else {
+    rule.lr_array = call.in<double>("lr", std::get<Array>(lr), {});
+  }
   if (count == 0) return;
   call.typed(weights[0], [&](auto zero) {
     using T = decltype(zero);
-    std::vector<T*> w(count), v(velocities ? count : 0);
-    std::vector<const T*> dw(count);
-    std::vector<i64> n(count);
+    std::vector<SgdParameter<T>> parameters(count);
     for (std::size_t i = 0; i < count; i++) {
       const Shape shape(weights[i]);
-      w[i] = call.out<T>("weight", weights[i], shape);
-      if (velocities) v[i] = call.out<T>("velocity", (*velocities)[i], shape);
-      dw[i] = call.in<T>("gradient", gradients[i], shape);
-      n[i] = weights[i].size();
+      const bool in_parts = gradients[i].ndim() == shape.rank + 1;
+      std::vector<py::ssize_t> sizes(shape.size, shape.size + shape.rank);
+      if (in_parts) sizes.insert(sizes.begin(), gradients[i].shape(0));
+      SgdParameter<T>& p = parameters[i];
+      p.w = call.out<T>("weight", weights[i], shape);
+      p.velocity = velocities ? call.out<T>("velocity", (*velocities)[i], shape) : nullptr;
+      p.dw = call.in<T>("gradient", gradients[i], Shape(sizes));
+      p.n = weights[i].size();
+      p.parts = in_parts ? sizes[0] : 1;
+      p.decay = decays[i];
+      p.copy = copies ? call.out<bf16>("copy", (*copies)[i], shape) : nullptr;
+      call.expect(p.parts >= 1 && p.parts <= INT32_MAX, "a gradient must have 1 to 2**31 - 1 parts");
+      call.expect(!p.copy || holds<float>(weights[i]), "only float32 weights have copies");
     }
     const NoGil released;
-    kernels<T>().sgd(i64(count), w.data(), velocities ? v.data() : nullptr, dw.data(), n.data(), decays.data(), lr,
-                     momentum, nesterov);
+    kernels<T>().sgd(i64(count), parameters.data(), rule);
   });
 }
 

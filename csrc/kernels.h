@@ -122,6 +122,25 @@ struct InputGradient {
   Wide<T>* rows;  // per block C sums of dz, C sums of dz * (y - mean); nullptr: not wanted
 };
 
+// ---- for SGD -------------------------------------------------------------------------------------------------------
+
+// One parameter, of n elements.
+template <class T>
+struct SgdParameter {
+  T *w, *velocity;  // updated; velocity is nullptr where momentum is 0
+  bf16* copy;       // gets the new w, rounded; nullptr: not wanted. Only beside float
+  const T* dw;      // `parts` arrays of n, one behind the other, that are added up: what weight gradients leave
+  i64 n, parts;
+  double decay;
+};
+
+struct SgdRule {
+  double lr;
+  const double* lr_array;  // if given, the rate is what lies there when the kernel runs
+  double momentum;
+  bool nesterov;
+};
+
 template <class T>
 struct Kernels {
   // elementwise.cpp ------------------------------------------------------------------------------------------
@@ -214,10 +233,9 @@ struct Kernels {
   // loss.cpp: mean over N of the cross-entropy of softmax(logits) against smoothed labels, and its gradient ---
   void (*cross_entropy)(Wide<T>* loss, T* dlogits, const T* logits, const i64* labels, double smoothing, i64 N, i64 K);
 
-  // sgd.cpp: one parameter of n elements per index; velocity is nullptr where momentum is 0 -------------------
+  // sgd.cpp: `count` parameters -------------------------------------------------------------------------------
   // v = momentum * v + (dw + decay * w); w -= lr * (nesterov ? dw + decay * w + momentum * v : v). w and v updated.
-  void (*sgd)(i64 count, T* const* w, T* const* velocity, const T* const* dw, const i64* n, const double* decay,
-              double lr, double momentum, bool nesterov);
+  void (*sgd)(i64 count, const SgdParameter<T>* parameters, const SgdRule& rule);
 
   // augment.cpp ----------------------------------------------------------------------------------------------
   // x[i] (H, W, C) = the image index[i] normalised as (u8 - mean[h, w, c]) * scale[c], flipped left to right where

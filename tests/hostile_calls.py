@@ -531,14 +531,18 @@ def _raw_sgd(d):
     shapes = [d.shape(d.integer(0, 2), empty=True) for _ in range(d.integer(1, 3))]
     momentum = d.pick((0, 0.9))
     velocities = [d.out(*shape) for shape in shapes] if momentum else None
-    weights, gradients = [d.out(*shape) for shape in shapes], [d.array(*shape) for shape in shapes]
-    return {"weights": weights, "velocities": velocities, "gradients": gradients,
-            "decays": [0.01] * len(shapes), "lr": 0.1, "momentum": momentum, "nesterov": d.chance(0.5)}  # fmt: skip
+    weights = [d.out(*shape) for shape in shapes]
+    gradients = [d.array(*d.pick(((), (1,), (3,))), *shape) for shape in shapes]
+    lr = 0.1 if d.chance(0.5) else np.full((), 0.1)
+    copies = [d.out(*shape, dtype=BF16) for shape in shapes] if d.dtype == np.float32 and d.chance(0.5) else None
+    return {"weights": weights, "velocities": velocities, "gradients": gradients, "decays": [0.01] * len(shapes),
+            "lr": lr, "momentum": momentum, "nesterov": d.chance(0.5), "copies": copies}  # fmt: skip
 
 
-def _want_sgd(weights, velocities, gradients, decays, lr, momentum, nesterov):
-    R.sgd(weights, velocities, gradients, [float(decay) for decay in decays], float(lr), float(momentum), nesterov)
-    return [weights, velocities]
+def _want_sgd(weights, velocities, gradients, decays, lr, momentum, nesterov, copies):
+    decays = [float(decay) for decay in decays]
+    R.sgd(weights, velocities, gradients, decays, float(lr), float(momentum), nesterov, copies)
+    return [weights, velocities, copies]
 
 
 def _raw_augment(d):
@@ -701,7 +705,7 @@ RAW = {
         _raw_loss,
         lambda loss, dlogits, logits, labels, smoothing: [*R.cross_entropy(logits, labels, float(smoothing))],
     ),
-    "sgd": _raw("weights velocities", _raw_sgd, _want_sgd),
+    "sgd": _raw("weights velocities copies", _raw_sgd, _want_sgd),
     "augment": _raw("x", _raw_augment, lambda x, *arguments: [R.augment(*arguments).astype(x.dtype)]),
     # of the CPU alone
     "philox": _raw(
@@ -722,7 +726,7 @@ def binding(extension, name):
     outputs, arguments, want = RAW[name]
 
     def run(arguments, d):
-        if name != "cast" and _some_bfloat16(arguments.values()):
+        if name != "cast" and _some_bfloat16(v for key, v in arguments.items() if key != "copies"):
             d.comparable = False  # put in the place of one array: the CPU's bindings take it among float32 ones
         if d.device.name == "reference":
             plain = [np.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments.values()]

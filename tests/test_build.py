@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -253,6 +254,10 @@ def f32(*shape):
     return np.ones(shape, np.float32)
 
 
+def bf16(*shape):
+    return np.ones(shape, ml_dtypes.bfloat16)
+
+
 def i32(*shape):
     return np.zeros(shape, np.int32)
 
@@ -342,10 +347,17 @@ MALFORMED = {
     "label negative": ("cross_entropy", f32(), f32(2, 3), f32(2, 3), i64(2) - 1, 0.0),
     "labels int32": ("cross_entropy", f32(), f32(2, 3), f32(2, 3), i32(2), 0.0),
     "no logits": ("cross_entropy", f32(), f32(0, 3), f32(0, 3), i64(0), 0.0),
-    "sgd lengths": ("sgd", [f32(2)], None, [], [0.0], 0.1, 0.0, False),
-    "sgd velocities": ("sgd", [f32(2)], None, [f32(2)], [0.0], 0.1, 0.9, False),
-    "sgd gradient": ("sgd", [f32(2)], [f32(2)], [f32(3)], [0.0], 0.1, 0.9, False),
-    "sgd two dtypes": ("sgd", [f32(2), np.ones(2)], None, [f32(2), np.ones(2)], [0.0, 0.0], 0.1, 0.0, False),
+    "sgd lengths": ("sgd", [f32(2)], None, [], [0.0], 0.1, 0.0, False, None),
+    "sgd velocities": ("sgd", [f32(2)], None, [f32(2)], [0.0], 0.1, 0.9, False, None),
+    "sgd gradient": ("sgd", [f32(2)], [f32(2)], [f32(3)], [0.0], 0.1, 0.9, False, None),
+    "sgd two dtypes": ("sgd", [f32(2), np.ones(2)], None, [f32(2), np.ones(2)], [0.0, 0.0], 0.1, 0.0, False, None),
+    "sgd parts of another shape": ("sgd", [f32(2)], None, [f32(2, 3)], [0.0], 0.1, 0.0, False, None),
+    "sgd no parts": ("sgd", [f32(2)], None, [f32(0, 2)], [0.0], 0.1, 0.0, False, None),
+    "sgd float32 lr": ("sgd", [f32(2)], None, [f32(2)], [0.0], f32(), 0.0, False, None),
+    "sgd copies of another dtype": ("sgd", [f32(2)], None, [f32(2)], [0.0], 0.1, 0.0, False, [f32(2)]),
+    "sgd copies of another shape": ("sgd", [f32(2)], None, [f32(2)], [0.0], 0.1, 0.0, False, [bf16(3)]),
+    "sgd copies of float64": ("sgd", [np.ones(2)], None, [np.ones(2)], [0.0], 0.1, 0.0, False, [bf16(2)]),
+    "sgd too few copies": ("sgd", [f32(2)], None, [f32(2)], [0.0], 0.1, 0.0, False, []),
     "augment index": (
         *("augment", f32(1, 4, 4, 3), u8(2, 4, 4, 3), i64(1) + 2),
         *(i32(1), i32(1), u8(1), f32(4, 4, 3), f32(3)),

@@ -117,9 +117,10 @@ def sgd(
     velocities: list[ndarray] | None,
     gradients: list[ndarray],
     decays: list[float],
-    lr: float,
+    lr: float | ndarray,
     momentum: float,
     nesterov: bool,
+    copies: list[ndarray | None] | None,
     /,
 ) -> None: ...
 def augment(

@@ -5,17 +5,18 @@
 namespace tinyres::TINYRES_TARGET {
 namespace {
 
-struct Rule {
-  double lr, momentum;
-  bool nesterov;
-};
-
+// Elements begin .. end - 1 of a parameter.
 template <class T>
-void update(T* w, T* velocity, const T* dw, i64 n, T decay, const Rule& rule) {
-  const T lr = T(rule.lr), momentum = T(rule.momentum);
-  for_vectors<T>(n, [&](i64 i, i64 lanes) {
+void update(const SgdParameter<T>& p, i64 begin, i64 end, T lr, const SgdRule& rule) {
+  const T momentum = T(rule.momentum), decay = T(p.decay);
+  T* const w = p.w + begin;
+  T* const velocity = p.velocity ? p.velocity + begin : nullptr;
+  const T* const dw = p.dw + begin;
+  for_vectors<T>(end - begin, [&](i64 i, i64 lanes) {
     const Vec<T> w_old = load_first(w + i, lanes);
-    const Vec<T> g = load_first(dw + i, lanes) + decay * w_old;
+    Vec<T> sum = load_first(dw + i, lanes);
+    for (i64 part = 1; part < p.parts; part++) sum += load_first(dw + part * p.n + i, lanes);
+    const Vec<T> g = sum + decay * w_old;
     Vec<T> step = g;
     if (velocity) {
       const Vec<T> v = momentum * load_first(velocity + i, lanes) + g;
@@ -24,15 +25,16 @@ void update(T* w, T* velocity, const T* dw, i64 n, T decay, const Rule& rule) {
     }
     store_first(w + i, w_old - lr * step, lanes);
   });
+  if (p.copy)
+    for (i64 i = begin; i < end; i++) p.copy[i] = to_bf16(float(p.w[i]));
 }
 
 template <class T>
-void sgd(i64 count, T* const* w, T* const* velocity, const T* const* dw, const i64* n, const double* decay, double lr,
-         double momentum, bool nesterov) {
-  const Rule rule{lr, momentum, nesterov};
+void sgd(i64 count, const SgdParameter<T>* parameters, const SgdRule& rule) {
+  const T lr = T(rule.lr_array ? *rule.lr_array : rule.lr);
   Scratch<i64> start(count + 1);  // where each parameter begins in the row of all
   start[0] = 0;
-  for (i64 p = 0; p < count; p++) start[p + 1] = start[p] + n[p];
+  for (i64 p = 0; p < count; p++) start[p + 1] = start[p] + parameters[p].n;
   parallel_ranges(start[count], PART, [&](i64 begin, i64 end) {
     // The last parameter that starts at or before `begin`, by bisection.
     i64 p = 0;
@@ -41,9 +43,8 @@ void sgd(i64 count, T* const* w, T* const* velocity, const T* const* dw, const i
       (start[middle] <= begin ? p : above) = middle;
     }
     for (; begin < end; p++) {
-      const i64 offset = begin - start[p], stop = end < start[p + 1] ? end : start[p + 1];
-      T* v = velocity && velocity[p] ? velocity[p] + offset : nullptr;
-      update(w[p] + offset, v, dw[p] + offset, stop - begin, T(decay[p]), rule);
+      const i64 stop = end < start[p + 1] ? end : start[p + 1];
+      update(parameters[p], begin - start[p], stop - start[p], lr, rule);
       begin = stop;
     }
   });

@@ -141,10 +141,13 @@ __global__ void sum_parts(T* __restrict__ dw, const T* __restrict__ partial, int
   dw[i] = sum;
 }
 
+// How many threads take turns: sgd.cu adds in the same order.
+__host__ __device__ constexpr int sum_lanes(int parts) { return parts > 4 * SUM_LANES ? SUM_LANES : pieces(parts, 4); }
+
 template <class T>
 void launch_sum_parts(const char* op, T* dw, const T* partial, int parts, int n) {
-  launch(op, sum_parts<T>, dim3(unsigned(ceil_div(n, SUM_COLUMNS))),
-         dim3(SUM_COLUMNS, unsigned(min(SUM_LANES, pieces(parts, 4)))), 0, current_stream(), dw, partial, parts, n);
+  launch(op, sum_parts<T>, dim3(unsigned(ceil_div(n, SUM_COLUMNS))), dim3(SUM_COLUMNS, unsigned(sum_lanes(parts))), 0,
+         current_stream(), dw, partial, parts, n);
 }
 
 }  // namespace tinyres

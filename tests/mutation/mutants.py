@@ -339,6 +339,12 @@ PARTS = [
                 "stop = end < start[p + 1] ? end : start[p + 1];",
                 "stop = start[p + 1];",
             ),
+            Mutant(
+                "the last part of a gradient left out",
+                "for (i64 part = 1; part < p.parts; part++)",
+                "for (i64 part = 1; part < p.parts - 1; part++)",
+                "tests/ops/test_sgd.py -k cpu",
+            ),
         ],
     ),
     Part(
@@ -349,11 +355,23 @@ PARTS = [
         [
             Mutant(
                 "the first chunk of a parameter is the last of the one before",
-                "table[middle].first_chunk <= chunk",
-                "table[middle].first_chunk < chunk",
+                "table.entries[middle].first_chunk <= chunk",
+                "table.entries[middle].first_chunk < chunk",
             ),
             Mutant(
                 "Nesterov from the old velocity", "p.velocity[i] = narrow<T>(v);", "p.velocity[i] = narrow<T>(step);"
+            ),
+            Mutant(
+                "every warp adds the same parts",
+                "for (int part = lane; part < p.parts; part += lanes)",
+                "for (int part = 0; part < p.parts; part += lanes)",
+                "tests/ops/test_sgd.py -k emulated",
+            ),
+            Mutant(
+                "the second launch's parameters are the first's",
+                "for (std::size_t i = first;",
+                "for (std::size_t i = 0;",
+                "tests/test_cuda.py -k 'kernels and sgd'",
             ),
         ],
     ),

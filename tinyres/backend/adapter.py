@@ -391,8 +391,8 @@ class Adapter:
         self.extension.cross_entropy(loss, dlogits, self.contiguous(logits), labels, smoothing)
         return loss, dlogits
 
-    def sgd(self, *args):
-        self.extension.sgd(*args)
+    def sgd(self, weights, velocities, gradients, decays, lr, momentum, nesterov, copies=None):
+        self.extension.sgd(weights, velocities, gradients, decays, lr, momentum, nesterov, copies)
 
     def augment(self, images, index, top, left, flip, mean, scale):
         x = self.empty((len(index), *images.shape[1:]), np.float32)

@@ -310,13 +310,16 @@ def cross_entropy(logits, labels, smoothing):
 # training -----------------------------------------------------------------------------------------------------
 
 
-def sgd(weights, velocities, gradients, decays, lr, momentum, nesterov):
-    for w, v, dw, decay in zip(weights, velocities or [None] * len(weights), gradients, decays, strict=True):
-        step = dw + decay * w
+def sgd(weights, velocities, gradients, decays, lr, momentum, nesterov, copies=None):
+    velocities, copies = (arrays or [None] * len(weights) for arrays in (velocities, copies))
+    for w, v, dw, decay, copy in zip(weights, velocities, gradients, decays, copies, strict=True):
+        step = (dw if dw.shape == w.shape else sum(dw, (0,), False)) + decay * w
         if v is not None:
             v[...] = momentum * v + step
             step = step + momentum * v if nesterov else v
-        w -= (lr * step).astype(w.dtype)
+        w -= (float(lr) * step).astype(w.dtype)
+        if copy is not None:
+            copy[...] = w
 
 
 def augment(images, index, top, left, flip, mean, scale):

@@ -73,9 +73,11 @@ MANDATORY = {
     # loss
     "cross_entropy": "(logits (N, K), labels (N,) int64, smoothing) -> mean loss (), dlogits (N, K)",
     # training
-    "sgd": "(weights, velocities, gradients, decays, lr, momentum, nesterov): lists of arrays, velocities None "
-    "where momentum is 0; in place: v = momentum v + (dw + decay w); w -= lr (nesterov: dw + decay w + momentum v, "
-    "else v)",
+    "sgd": "(weights, velocities, gradients, decays, lr, momentum, nesterov, copies=None): lists of arrays, velocities "
+    "None where momentum is 0; in place: v = momentum v + (dw + decay w); w -= lr (nesterov: dw + decay w + momentum "
+    "v, else v). A gradient dw has its weight's shape, or (parts, *shape): parts to be added up. lr is a float, or a "
+    "float64 array () of the device, read when the kernel runs. copies: for each weight, which is float32, None or a "
+    "bfloat16 array of its shape that gets the new weight",
     "augment": "(images (L, H, W, C) uint8, index (N,) int64, top, left (N,) int32, flip (N,) uint8, mean (H, W, C) "
     "float32, scale (C,) float32) -> x (N, H, W, C) float32: (image - mean) * scale, flipped left to right where "
     "flip, then moved: x[h, w] = image[h + top, w + left], zero outside",

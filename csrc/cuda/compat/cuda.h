@@ -2,8 +2,9 @@
 // as in `g++ -x c++ kernel.cu`, gets CUDA's names and an emulation of the machine beneath them (host.h).
 //
 // What both halves offer, and all that kernels may use of CUDA beside plain C++:
-//   launch(op, kernel, grid, block, smem_bytes, stream, args...)      kernel parameters by value; throws, naming the op
-//   copy_to_device(op, dst, src, bytes, stream)
+//   launch(op, kernel, grid, block, smem_bytes, stream, args...)      kernel parameters by value, up to
+//                                         MAX_PARAMETER_BYTES in all, into the stack of each emulated thread; throws,
+//                                         naming the op
 //   SHARED(name, float[ROWS][33]);                                    a static shared array; 16-byte aligned
 //   SmemArena arena; bf16* a = arena.take<bf16>(n);                   dynamic shared memory; 16-byte aligned
 //   cp_async16, cp_async4, ..._zfill(dst, src, valid), cp_async_commit(), cp_async_wait<N>()

@@ -12,6 +12,9 @@ inline void check(const char* op, cudaError_t error) {
   throw std::runtime_error("[" + std::string(op) + "] " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
+// What a launch can take along by value. Longer ones than 4096 are news of CUDA 12.1, from compute capability 7.0 on.
+constexpr int MAX_PARAMETER_BYTES = CUDART_VERSION >= 12010 ? 32764 : 4096;
+
 // Reports what the launch itself finds wrong; what goes wrong on the GPU later is reported by whoever waits for it.
 template <class... Params, class... Args>
 void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t smem_bytes,
@@ -20,11 +23,6 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, st
     check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem_bytes)));
   kernel<<<grid, block, smem_bytes, stream>>>(static_cast<Params>(args)...);
   check(op, cudaGetLastError());
-}
-
-// dst on the device, src on the host, which may be overwritten as soon as this returns.
-inline void copy_to_device(const char* op, void* dst, const void* src, std::size_t bytes, cudaStream_t stream) {
-  check(op, cudaMemcpyAsync(dst, src, bytes, cudaMemcpyHostToDevice, stream));
 }
 
 // ---- shared memory ------------------------------------------------------------------------------------------------

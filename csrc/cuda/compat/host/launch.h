@@ -92,12 +92,15 @@ inline void run_grid(const char* op, dim3 grid, dim3 block, std::size_t smem_byt
 
 }  // namespace emulation
 
+constexpr int MAX_PARAMETER_BYTES = 32764;  // of CUDA
+
 // The stream is accepted and ignored: the kernel has run when this returns.
 template <class... Params, class... Args>
 void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t smem_bytes, cudaStream_t,
             Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "as many arguments as the kernel has parameters");
   static_assert((std::is_trivially_copyable_v<Params> && ...), "kernel parameters are passed by value, as bytes");
+  static_assert((sizeof(Params) + ... + 0) <= MAX_PARAMETER_BYTES, "more bytes of parameters than a launch takes");
   struct Call {
     void (*kernel)(Params...);
     std::tuple<Params...> args;
@@ -105,10 +108,6 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, st
   emulation::run_grid(
       op, grid, block, smem_bytes,
       [](void* call) { std::apply(static_cast<Call*>(call)->kernel, static_cast<Call*>(call)->args); }, &call);
-}
-
-inline void copy_to_device(const char*, void* dst, const void* src, std::size_t bytes, cudaStream_t) {
-  std::memcpy(dst, src, bytes);
 }
 
 }  // namespace tinyres
