@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -11,7 +12,7 @@
 
 #ifdef TINYRES_EMULATED
 #define TINYRES_MODULE _emulated
-using cudaStream_t = struct CUstream_st*;
+#include "cuda/compat/cuda.h"
 #else
 #define TINYRES_MODULE _cuda
 #include <cuda_runtime.h>
@@ -159,4 +160,24 @@ PYBIND11_MODULE(TINYRES_MODULE, module) {
         delete std::exchange(stream, stream_address.is_none() ? nullptr : new py::object(stream_address));
       },
       "Where scratch memory comes from, (bytes) -> array, and the stream that is launched on, () -> address or None");
+  module.def("launches", &launch_count, "How many kernels this thread has launched, or captured");
+#ifdef TINYRES_EMULATED
+  // What CuPy's Stream and Graph do on a GPU.
+  using emulation::captured, emulation::Graph;
+  py::class_<Graph>(module, "Graph", py::module_local())
+      .def("launch",
+           [](const Graph& graph) {
+             const NoGil released;
+             for (const auto& run : graph.launches) run();
+           })
+      .def("__len__", [](const Graph& graph) { return graph.launches.size(); });
+  module.def("begin_capture", [] {
+    if (captured) throw py::value_error("this thread captures already");
+    captured = new Graph;
+  });
+  module.def("end_capture", [] {
+    if (!captured) throw py::value_error("this thread does not capture");
+    return std::unique_ptr<Graph>(std::exchange(captured, nullptr));
+  });
+#endif
 }

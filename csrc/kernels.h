@@ -249,4 +249,7 @@ struct Kernels {
 template <class T>
 const Kernels<T>& kernels();
 
+// How many of CUDA's kernels this thread has asked for.
+std::uint64_t launch_count();
+
 }  // namespace tinyres

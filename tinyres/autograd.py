@@ -91,6 +91,28 @@ class observed(Scope):
     def after_sweep(self, leaf: Tensor, gradient: Array) -> None: ...
 
 
+_in_parts = ContextVar("tinyres.autograd.in_parts", default=False)
+
+
+class gradients_in_parts(Scope):
+    """Within this block the gradient of a leaf may be left as (parts, *shape), to be added by whoever uses it.
+
+    Kernels that sum over pixels and images do so in parts; an optimizer that adds them saves a launch for each. A
+    second gradient cannot be added to one in parts.
+    """
+
+    def __enter__(self) -> None:
+        _in_parts.set(True)
+
+    def __exit__(self, *exc: object) -> None:
+        _in_parts.set(False)
+
+    @staticmethod
+    def hold() -> bool:
+        """Whether this is such a block."""
+        return _in_parts.get()
+
+
 class Tensor:
     """An array and its place in the recorded graph.
 
@@ -488,6 +510,7 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
         _deliver(arrived, heap, (y._node or y, y._slot), seed, True, y.device.kernels)
     observers = _context.get()[1]
     observer = observers[-1] if observers else None
+    in_parts = _in_parts.get()
     node = None
     while heap:
         before, node = node, heapq.heappop(heap)[2]
@@ -520,7 +543,8 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
                 if totals is not None and any(dx is total for total in totals):
                     continue  # it was added to in place
                 place, shape, dtype = parent
-                if not (isinstance(dx, node.device.array) and dx.shape == shape and dx.dtype == dtype):
+                fits = isinstance(dx, node.device.array) and dx.dtype == dtype
+                if not (fits and (dx.shape == shape or in_parts and dx.shape[1:] == shape)):
                     given = getattr(dx, "shape", None), getattr(dx, "dtype", None)
                     rule = "a gradient must be an array of its input's shape and dtype"
                     fail(type(node).__name__, rule, GraphError, gradient=given, input=(shape, dtype))
@@ -547,7 +571,7 @@ def _seed_gradient(op, y, gradient):
     expect(y.requires_grad, op, "the tensor must come from recorded ops on tensors that require a gradient", GraphError)
     if gradient is None:
         expect(y.size == 1, op, "a gradient must be given for a tensor of more than one element", tensor=y.shape)
-        gradient = 1.0
+        return y.device.kernels.broadcast_to(y.dtype.type(1), y.shape)
     try:
         gradient = _array(y.device, gradient.data if isinstance(gradient, Tensor) else gradient)
     except ValueError as error:
@@ -603,7 +627,7 @@ def _output_gradients(node, arrived, wanted):
                 dy, _ = _run_hooks(node.hooks[slot], dy, owned, node.device)
         else:
             shape, dtype = node.outputs[slot]
-            dy = node.kernels.broadcast_to(np.zeros((), dtype), shape)
+            dy = node.kernels.broadcast_to(dtype.type(0), shape)
         if wanted is not None and (id(node), slot) in wanted:
             wanted[id(node), slot] = node.kernels.broadcast_to(dy, dy.shape)
         dys.append(dy)

@@ -69,13 +69,22 @@ class SGD:
 
     def step(self) -> None:
         """Update every parameter that has a gradient."""
-        lr = _at_least_zero("lr", self.lr)
+        self.update(_at_least_zero("lr", self.lr))
+
+    def update(self, lr: float | Array, copies: list[tuple[Array, Array]] | None = None) -> None:
+        """`step` at the rate `lr`, a number or an array () of float64 on the parameters' device, read by the kernel.
+
+        A gradient may be in parts, (parts, *shape), which are added. copies: pairs (weight, its rounded copy), of
+        weights that are among the parameters' arrays; each copy gets the new weight.
+        """
+        copy_of = {id(weight): copy for weight, copy in copies or ()}
         by_table: dict[tuple[str, np.dtype], list[int]] = {}  # one call for each device and dtype: usually one
         for i, p in enumerate(self.params):
             if p.grad is None:
                 continue
             given = getattr(p.grad, "shape", None), getattr(p.grad, "dtype", None)
-            fits = given == (p.shape, p.dtype) and p.device.owns(p.grad)
+            shape = given[0] if given[0] is None or len(given[0]) == p.ndim else given[0][1:]  # (parts, *shape)
+            fits = (shape, given[1]) == (p.shape, p.dtype) and p.device.owns(p.grad)
             rule = "a gradient must be an array of its parameter's shape and dtype, on its device"
             expect(fits, "SGD", rule, parameter=(p.shape, p.dtype), gradient=given)
             p.grad = p.device.asarray(p.grad)  # aligned, where it was assigned from outside
@@ -95,6 +104,7 @@ class SGD:
                 lr,
                 self.momentum,
                 self.nesterov,
+                [copy_of.get(id(self.params[i].data)) for i in indices] if copy_of else None,
             )
 
     def zero_grad(self) -> None:

@@ -39,4 +39,6 @@ const Kernels<bf16>& kernels<bf16>() {
   return table;
 }
 
+std::uint64_t launch_count() { return launches; }
+
 }  // namespace tinyres

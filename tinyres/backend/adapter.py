@@ -73,7 +73,10 @@ class Adapter:
     extension  tinyres._cpu, _emulated or _cuda
     empty      (shape, dtype) -> an uninitialised dense array
     overwrites  whether a gradient may be written over the one that it is worked out from
+    graphs     how a CUDA device captures launches (cuda.py); None on the others
     """
+
+    graphs = None
 
     def __init__(self, name, xp, extension, empty, overwrites=False):
         self.name, self.xp, self.extension, self.empty, self.overwrites = name, xp, extension, empty, overwrites
@@ -146,7 +149,10 @@ class Adapter:
 
     def broadcast_to(self, x, shape):
         y = self.empty(shape, x.dtype)
-        self.extension.copy(y, self._operand(x))
+        if isinstance(x, self.array):
+            self.extension.copy(y, x)
+        else:
+            self.extension.fill(y, float(x))
         return y
 
     def pad(self, x, widths, value):

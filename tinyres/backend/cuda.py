@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ def emulated() -> Adapter:
         importlib.import_module("tinyres._emulated")
     except ImportError as error:
         raise DeviceError(f"[backend] emulated needs tinyres._emulated ({_first_line(error)})") from None
-    return adapter("emulated", np, "_emulated", memory.empty, None)
+    kernels = adapter("emulated", np, "_emulated", memory.empty, None)
+    kernels.graphs = _Emulated(kernels.extension)
+    return kernels
 
 
 def cuda() -> Adapter:
@@ -51,7 +54,60 @@ def cuda() -> Adapter:
         raise DeviceError(f"[backend] cuda needs an NVIDIA GPU and its driver ({_first_line(error)})") from None
     if not count:
         raise DeviceError("[backend] cuda needs an NVIDIA GPU and its driver, which has found none")
-    return adapter("cuda", cupy, "_cuda", _allocator(cupy), lambda: cupy.cuda.get_current_stream().ptr)
+    kernels = adapter("cuda", cupy, "_cuda", _allocator(cupy), lambda: cupy.cuda.get_current_stream().ptr)
+    kernels.graphs = _CuPy(cupy)
+    return kernels
+
+
+class _Emulated:
+    """What a captured step needs of its device (tinyres/graph.py), in the host's memory."""
+
+    def __init__(self, extension):
+        self.extension = extension
+
+    def capture(self, function):
+        """Call `function`, whose launches are not run but recorded: a graph, with `launch()` to run them."""
+        self.extension.begin_capture()
+        try:
+            function()
+        finally:
+            graph = self.extension.end_capture()
+        return graph
+
+    def place(self, arena, offset, shape, dtype):
+        """An array in `arena`, an array of bytes; and an object that lives as long as it and its views."""
+        block = _Block(arena, offset, math.prod(shape) * np.dtype(dtype).itemsize)
+        return np.asarray(block).view(dtype).reshape(shape), block
+
+
+class _Block:
+    """A part of an arena that NumPy does not look behind: views of an array over it keep it alive."""
+
+    def __init__(self, arena, offset, size):
+        self.arena = arena
+        address = arena.ctypes.data + offset
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, False)}
+
+
+class _CuPy:
+    """The same on a GPU: a CUDA graph."""
+
+    def __init__(self, cupy):
+        self.cupy = cupy
+
+    def capture(self, function):
+        stream = self.cupy.cuda.Stream(non_blocking=True)  # the default stream cannot be captured
+        with stream:
+            stream.begin_capture()
+            try:
+                function()
+            finally:
+                graph = stream.end_capture()
+        return graph
+
+    def place(self, arena, offset, shape, dtype):
+        array = self.cupy.ndarray(shape, dtype, memptr=arena.data + offset)
+        return array, array
 
 
 def _allocator(cupy):

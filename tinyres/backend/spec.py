@@ -40,7 +40,7 @@ MANDATORY = {
     "cast": "(x, dtype) -> x rounded to dtype, of float32 and bfloat16; x itself where it has it",
     # shape
     "contiguous": "(x) -> x, or a dense copy of it if it is a strided view",
-    "broadcast_to": "(x, shape) -> dense array of that shape",
+    "broadcast_to": "(x, shape) -> dense array of that shape; x may be a NumPy scalar",
     "sum_to": "(x, shape) -> x summed over the axes along which `shape` was broadcast to x.shape",
     "pad": "(x, widths, value) -> x within a border; widths ((before, after), ...) per axis",
     "concatenate": "(arrays, axis) -> joined",

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+
 import numpy as np
 
 from tinyres import dtypes
-from tinyres.autograd import Function, Tensor
+from tinyres.autograd import Function, Scope, Tensor
 from tinyres.backend import Array
 from tinyres.errors import DtypeError, expect
 from tinyres.ops import checks
@@ -57,3 +59,28 @@ def promoted(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def widened(kernels, x: Array) -> Array:
     """`x` in the dtype of parameters: what is summed up to a gradient of one is summed and kept in float32."""
     return kernels.cast(x, dtypes.wide(x.dtype))
+
+
+_kept: ContextVar[dict[int, tuple[Array, Array]] | None] = ContextVar("tinyres.ops.cast", default=None)
+
+
+class copies_kept(Scope):
+    """Within this block the copies of weights are up to date, so that nothing needs to round those again.
+
+    copies  list of (weight, its copy in another dtype), arrays
+    """
+
+    def __init__(self, copies: list[tuple[Array, Array]]) -> None:
+        self.copies = {id(weight): (weight, copy) for weight, copy in copies}
+
+    def __enter__(self) -> None:
+        self._token = _kept.set(self.copies)
+
+    def __exit__(self, *exc: object) -> None:
+        _kept.reset(self._token)
+
+
+def rounded(kernels, w: Array, dtype: np.dtype) -> Array:
+    """The weight `w` in the dtype of activations."""
+    kept = (_kept.get() or {}).get(id(w))
+    return kept[1] if kept is not None and kept[1].dtype == dtype else kernels.cast(w, dtype)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from tinyres.autograd import Function, Tensor
 from tinyres.errors import fail
 from tinyres.ops import checks
-from tinyres.ops.cast import lowered, widened
+from tinyres.ops.cast import lowered, rounded, widened
 from tinyres.ops.checks import Pair
 from tinyres.ops.elementwise import add, relu
 
@@ -21,14 +21,14 @@ class Conv2d(Function):
     adds_gradients = True  # dx, to the gradient that came along a shortcut
 
     def forward(self, x, w, b, stride, padding):
-        w = self.kernels.cast(w, x.dtype)
+        w = rounded(self.kernels, w, x.dtype)
         self.saved = x, w, stride, padding
         if b is None:
             return self.kernels.conv2d_forward(x, w, stride, padding)
         return self._with_bias(x, w, b, None, False, stride, padding)
 
     def _with_bias(self, x, w, b, residual, relu, stride, padding):
-        b = self.kernels.cast(b, x.dtype)
+        b = rounded(self.kernels, b, x.dtype)
         return self.kernels.conv2d_bias_forward(x, w, b, residual, relu, stride, padding)
 
     def backward(self, dy):
@@ -49,7 +49,7 @@ class Conv2d(Function):
 
 class Conv2dReLU(Conv2d):
     def forward(self, x, w, b, stride, padding):
-        w = self.kernels.cast(w, x.dtype)
+        w = rounded(self.kernels, w, x.dtype)
         y = self._with_bias(x, w, b, None, True, stride, padding)
         self.saved = y, x, w, stride, padding
         return y
@@ -61,7 +61,7 @@ class Conv2dReLU(Conv2d):
 
 class Conv2dAddReLU(Conv2d):
     def forward(self, x, residual, w, b, stride, padding):
-        w = self.kernels.cast(w, x.dtype)
+        w = rounded(self.kernels, w, x.dtype)
         y = self._with_bias(x, w, b, residual, True, stride, padding)
         self.saved = y, x, w, stride, padding
         return y

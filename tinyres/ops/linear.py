@@ -8,7 +8,7 @@ from tinyres.autograd import Function, Tensor
 from tinyres.backend import Array
 from tinyres.errors import ShapeError, fail
 from tinyres.ops import checks
-from tinyres.ops.cast import lowered, promoted, widened
+from tinyres.ops.cast import lowered, promoted, rounded, widened
 
 
 class MatMul(Function):
@@ -28,10 +28,10 @@ class Linear(Function):
     fresh_gradients = True
 
     def forward(self, x, w, b):
-        w = self.kernels.cast(w, x.dtype)  # as in conv2d.py
+        w = rounded(self.kernels, w, x.dtype)  # as in conv2d.py
         self.saved = x, w
         y = self.kernels.matmul(x, w)
-        return y if b is None else self.kernels.accumulate(y, self.kernels.cast(b, x.dtype))
+        return y if b is None else self.kernels.accumulate(y, rounded(self.kernels, b, x.dtype))
 
     def backward(self, dy):
         k, (x, w) = self.kernels, self.saved

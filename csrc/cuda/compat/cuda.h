@@ -30,6 +30,8 @@ using u64 = std::uint64_t;
 
 constexpr int WARP = 32;  // CUDA's warpSize is no constant to the compiler
 
+inline thread_local u64 launches = 0;  // how many this thread has asked for, captured ones included
+
 }  // namespace tinyres
 
 #ifndef __CUDACC__

@@ -23,6 +23,7 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, st
     check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(smem_bytes)));
   kernel<<<grid, block, smem_bytes, stream>>>(static_cast<Params>(args)...);
   check(op, cudaGetLastError());
+  launches++;
 }
 
 // ---- shared memory ------------------------------------------------------------------------------------------------

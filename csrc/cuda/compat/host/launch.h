@@ -1,10 +1,12 @@
 // Grids: one block after the other.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "scheduler.h"
 
@@ -90,11 +92,19 @@ inline void run_grid(const char* op, dim3 grid, dim3 block, std::size_t smem_byt
   if (!done) throw std::runtime_error("[" + std::string(op) + "] block " + text_of(blockIdx) + ": " + e.reason());
 }
 
+// Launches with their arguments, as a CUDA graph holds them.
+struct Graph {
+  std::vector<std::function<void()>> launches;
+};
+
+// Where this thread's launches go instead of being run, while it captures; else nullptr.
+inline thread_local Graph* captured = nullptr;
+
 }  // namespace emulation
 
 constexpr int MAX_PARAMETER_BYTES = 32764;  // of CUDA
 
-// The stream is accepted and ignored: the kernel has run when this returns.
+// The stream is accepted and ignored: the kernel has run when this returns, or is captured.
 template <class... Params, class... Args>
 void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t smem_bytes, cudaStream_t,
             Args&&... args) {
@@ -105,9 +115,15 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, st
     void (*kernel)(Params...);
     std::tuple<Params...> args;
   } call{kernel, std::tuple<Params...>(static_cast<Params>(args)...)};
-  emulation::run_grid(
-      op, grid, block, smem_bytes,
-      [](void* call) { std::apply(static_cast<Call*>(call)->kernel, static_cast<Call*>(call)->args); }, &call);
+  auto run = [=]() mutable {
+    emulation::run_grid(
+        op, grid, block, smem_bytes,
+        [](void* call) { std::apply(static_cast<Call*>(call)->kernel, static_cast<Call*>(call)->args); }, &call);
+  };
+  launches++;
+  if (!emulation::captured) return run();
+  emulation::check_launch(op, grid, block, smem_bytes);
+  emulation::captured->launches.push_back(run);
 }
 
 }  // namespace tinyres
