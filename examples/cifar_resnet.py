@@ -26,6 +26,7 @@ import numpy as np
 import tinyres
 from tinyres import backend, data, models, nn, ops, optim
 from tinyres.errors import ArgumentError, TinyresError, expect
+from tinyres.graph import Evaluation, Training
 from tinyres.options import CONV, PRECISION
 from tinyres.recipes import RECIPES
 from tinyres.train import (
@@ -91,6 +92,12 @@ def parse_arguments():
     add("--no-norm-decay", action="store_true", help="decay the weights alone, not biases nor batch norm's parameters")
     add("--bn-group", type=int, help="batch norm over groups of so many images; 64 as on the papers' two GPUs")
     add("--recompute-bn", action="store_true", help="at the end, batch norm's statistics over the whole training set")
+    add(
+        "--graph",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="whole steps as graphs: cuda and emulated; auto: on a GPU, unless something needs Python in each step",
+    )
     add("--detect-anomaly", action="store_true", help="name the first op whose result or gradient is not finite; slow")
     return parser.parse_args()
 
@@ -157,12 +164,18 @@ def main():
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.group = args.bn_group
-    model = tinyres.fuse(model)  # BN, ReLU and additions in one kernel each; same parameters, same names
+    # Chains of kernels for whole blocks on CUDA, else BN, ReLU and additions in one each; same parameters, same names
+    level = "layer" if device == "cpu" else "block"
+    model = tinyres.fuse(model, level)
     parameters = optim.without_norm_decay(model) if args.no_norm_decay else model.parameters()
     optimizer = optim.SGD(parameters, lr, recipe.momentum, recipe.weight_decay, recipe.nesterov)
     schedule = recipe.schedule(length, lr)
     warm_up = recipe.warm_up if recipe.warm_up and args.depth >= recipe.warm_up.from_depth else None
     warming = warm_up is not None
+    needs_python = args.skip == "dropout" or args.detect_anomaly
+    graph = args.graph == "on" or (args.graph == "auto" and device == "cuda" and not needs_python)
+    training = Training(model, optimizer, train_loader) if graph else None
+    testing = Evaluation(model, test_loader) if graph else None
     recent_error = 100.0  # training error over about the last hundred batches
 
     # The run's folder. `settings` is what decides the run's bits, so a resumed run must have the same
@@ -195,7 +208,8 @@ def main():
         "environment": environment(),
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
     }
-    kernels = {"device": device, "isa": config["environment"]["isa"], "conv": config["options"]["conv"]}
+    isa, conv = config["environment"]["isa"], config["options"]["conv"]
+    kernels = {"device": device, "isa": isa, "conv": conv, "fused": level, "graph": graph}
 
     # Go on from the checkpoint, or start afresh
     running = Running()
@@ -209,6 +223,14 @@ def main():
         parts = {"model": model, "optimizer": optimizer, "running": running}
         run.save(**parts, warming=warming, recent_error=recent_error)
 
+    def collect():
+        """What the steps of a graph have summed up goes to `running`; returns how many images were wrong."""
+        if not training:
+            return 0
+        sums = training.take()
+        running.add_sums(*sums)
+        return sums.wrong
+
     print(f"{model_name}, {config['parameters']:,} parameters; {recipe_name}, {total:,} steps on {device}; {out}/")
     model.train()
     observed = tinyres.detect_anomaly() if args.detect_anomaly else contextlib.nullcontext()
@@ -219,33 +241,45 @@ def main():
         on_host = backend.get(device).xp is np
         while run.step < total and not interrupt.signal:
             optimizer.lr = lr / warm_up.divisor if warming else schedule(run.step)
-            x, labels = train_loader.batch(run.step)
-            logits = model(tinyres.tensor(x))
-            loss = ops.cross_entropy(logits, labels)
-            if on_host:
-                check_finite(loss.item(), model, x, run.step)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            if training:
+                training.step(run.step, optimizer.lr)
+            else:
+                x, labels = train_loader.batch(run.step)
+                logits = model(tinyres.tensor(x))
+                loss = ops.cross_entropy(logits, labels)
+                if on_host:
+                    check_finite(loss.item(), model, x, run.step)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
 
             elapsed = watch.lap()
             run.step, run.seconds = run.step + 1, run.seconds + elapsed
-            wrong = running.add(loss, logits, labels, elapsed)
+            if training:
+                wrong, running.seconds = None, running.seconds + elapsed
+            else:
+                wrong = running.add(loss, logits, labels, elapsed)
             if warming and warm_up.until_error is None:
                 warming = run.step < warm_up.iterations
             elif warming:  # the one thing that hangs on each batch's error: on a GPU these steps do wait
-                recent_error += 0.01 * (100.0 * int(wrong) / len(labels) - recent_error)
+                wrong = collect() if wrong is None else int(wrong)
+                recent_error += 0.01 * (100.0 * wrong / args.batch_size - recent_error)
                 warming = recent_error >= warm_up.until_error
-            progress.update(running if on_host else None)
+            progress.update(running if on_host and not training else None)
 
             if run.step % steps_per_epoch == 0 or run.step == total:
+                collect()
                 train_loss, train_error = running.loss, running.error  # waits for the epoch's last steps
-                check_finite(train_loss, model, x, run.step)
+                check_finite(train_loss, model, train_loader.batch(run.step - 1)[0], run.step)
                 elapsed = watch.lap()
                 running.seconds += elapsed
                 if run.step == total and args.recompute_bn:
                     recompute_batch_norm(model, train_loader)
-                test_loss, test_error = evaluate(model, test_loader, run.step)
+                if testing:
+                    test_loss, test_error = testing().averages()
+                    check_finite(test_loss, model, next(test_loader.epoch())[0], run.step, "test loss")
+                else:
+                    test_loss, test_error = evaluate(model, test_loader, run.step)
                 run.seconds += elapsed + watch.lap()
                 with going_on(progress.line):
                     run.metrics.write(
@@ -270,7 +304,9 @@ def main():
                     saved_step = run.step
                 watch.lap()
         if saved_step != run.step:
-            check_finite(running.loss, model, x, run.step)  # before a good checkpoint is replaced
+            collect()
+            # Before a good checkpoint is replaced
+            check_finite(running.loss, model, train_loader.batch(run.step - 1)[0], run.step)
             save_checkpoint()
 
     if interrupt.signal and run.step < total:

@@ -17,7 +17,7 @@ LAYERS = [
     ["ops", "gradcheck"],
     ["nn"],
     ["anomaly", "models", "optim", "data", "summary", "checkpoint"],
-    ["train", "recipes", "torch_weights", "analysis", "classify"],
+    ["train", "graph", "recipes", "torch_weights", "analysis", "classify"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

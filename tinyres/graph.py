@@ -20,12 +20,21 @@ import math
 import threading
 import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
-from tinyres import backend
-from tinyres.backend import Device
-from tinyres.errors import DeviceError, DtypeError, GraphError, expect
+from tinyres import backend, dtypes, ops
+from tinyres.autograd import gradients_in_parts, no_grad, tensor
+from tinyres.backend import Array, Device
+from tinyres.data import Loader
+from tinyres.data.augment import PADDING
+from tinyres.errors import ArgumentError, DeviceError, DtypeError, GraphError, expect
+from tinyres.nn import Dropout, GlobalAvgPool2d, Linear, Module, Sequential
+from tinyres.nn.module import home_of
+from tinyres.ops.cast import copies_kept
+from tinyres.optim import SGD
+from tinyres.options import get as options
 
 ALIGNMENT = 256  # bytes; a GPU's allocator gives as much
 TRIES = 5  # direct calls until one takes the same memory as the one before
@@ -176,3 +185,190 @@ def plan(uses: list[int]) -> tuple[list[int], int]:
         offset[i] = place
         placed.append(i)
     return [int(o) for o in offset], int((offset + size).max(initial=0))
+
+
+class Sums(NamedTuple):
+    """Over images: their losses, and how many were wrong."""
+
+    loss: float
+    wrong: int
+    images: int
+
+    def averages(self) -> tuple[float, float]:
+        """Mean loss, and error in percent."""
+        return self.loss / max(self.images, 1), 100.0 * self.wrong / max(self.images, 1)
+
+
+class Training:
+    """Steps of SGD on batches of `loader`, each one graph: batch, forward, backward and update.
+
+        training = Training(model, optimizer, loader)
+        for number in range(first, last):
+            training.step(number, lr)
+        training.take()  # what has been summed up since the last time
+
+    model      a Sequential that ends in GlobalAvgPool2d and Linear, as all ResNets do, best after
+               `tinyres.fuse(model, level="block")`; without dropout, whose draws are made in Python
+    optimizer  an SGD of its parameters
+    loader     of the model's device
+
+    A step has the bits of the same step run directly. The options in force when a step is captured are those of all
+    its replays. Parameters, buffers and velocities may be assigned anew between steps; then the step is captured anew.
+    Weights may be changed in place too, before the first step of an epoch: under precision="bfloat16" their rounded
+    copies are made there, and otherwise by SGD as it writes the weights.
+    Raises DtypeError, ArgumentError or DeviceError for what does not fit; steps raise as Captured does.
+    """
+
+    def __init__(self, model: Module, optimizer: SGD, loader: Loader) -> None:
+        op = "graph.Training"
+        expect(isinstance(optimizer, SGD), op, "needs an SGD", DtypeError, optimizer=type(optimizer).__name__)
+        self.batches = _Batches(op, model, loader)
+        self.model, self.optimizer = model, optimizer
+        device = self.batches.device
+        self.rate = device.asarray(np.zeros(()))
+        self._lr: float | None = None
+        self._copies: list[tuple[Array, Array]] = []
+
+    def step(self, number: int, lr: float) -> None:
+        """Step `number` of the training, on `loader.batch(number)`, at the rate `lr`. Waits for nothing."""
+        self._renew(number % self.batches.loader.steps_per_epoch == 0)
+        if lr != self._lr:
+            self._lr = lr
+            self.rate[...] = lr
+        self.batches.run(number, self._step)
+
+    def take(self) -> Sums:
+        """The sums over all images since the last call, waited for."""
+        return self.batches.take()
+
+    @property
+    def launches(self) -> int | None:
+        """Of a whole batch; None before it is captured."""
+        return self.batches.launches
+
+    def _step(self, x, labels):
+        with gradients_in_parts(), copies_kept(self._copies):
+            self.batches.loss(x, labels).backward()
+            self.optimizer.update(self.rate, self._copies)
+            self.optimizer.zero_grad()
+
+    def _renew(self, first):
+        """Drop the graphs if what they hold was replaced; make the rounded copies if they may be old."""
+        velocities = self.optimizer._velocities
+        held = [p.data for p in self.optimizer.params] + [v for v in velocities if v is not None]
+        replaced = self.batches.hold([*held, *self.model.buffers()])
+        if options().precision != "bfloat16":
+            self._copies = []
+        elif replaced:
+            rounded = [p for p in self.optimizer.params if p.ndim > 1 or p is self.batches.head.bias]
+            weights = [p.data for p in rounded if p.dtype == np.float32]
+            self._copies = [(w, self.batches.device.kernels.cast(w, dtypes.bfloat16())) for w in weights]
+        elif first:
+            for w, copy in self._copies:
+                self.batches.device.kernels.extension.cast(copy, w)
+
+
+class Evaluation:
+    """Called, it gives the Sums of a model in evaluation mode over one pass of `loader`, each batch one graph.
+
+    model   as for Training
+    loader  of the model's device, without shuffling and augmentation
+    Every module is left in the mode in which it was. Raises as Training does.
+    """
+
+    def __init__(self, model: Module, loader: Loader) -> None:
+        op = "graph.Evaluation"
+        self.batches, self.model = _Batches(op, model, loader), model
+        plain = not (loader.shuffle or loader.augment)
+        expect(plain, op, "the loader must neither shuffle nor augment", ArgumentError)
+
+    def __call__(self) -> Sums:
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.batches.hold([*(p.data for p in self.model.parameters()), *self.model.buffers()])
+        self.model.eval()
+        try:
+            for number in range(self.batches.loader.steps_per_epoch):
+                self.batches.run(number, self._step)
+        finally:
+            for module, training in modes:
+                module.training = training
+        return self.batches.take()
+
+    @no_grad()
+    def _step(self, x, labels):
+        self.batches.loss(x, labels)
+
+
+class _Batches:
+    """What training and evaluation have in common: batches by number, a graph for each size, the sums of a network."""
+
+    def __init__(self, op, model, loader):
+        expect(isinstance(loader, Loader), op, "needs a data.Loader", DtypeError, loader=type(loader).__name__)
+        ends = isinstance(model, Sequential) and [type(module) for module in model][-2:] == [GlobalAvgPool2d, Linear]
+        rule = "needs a Sequential that ends in GlobalAvgPool2d and Linear, with a bias"
+        expect(ends and list(model)[-1].bias is not None, op, rule, DtypeError, model=type(model).__name__)
+        dropout = [module for module in model.modules() if isinstance(module, Dropout) and module.p > 0]
+        expect(
+            not dropout, op, "dropout draws its masks in Python: it cannot be captured", ArgumentError, got=dropout[:1]
+        )
+        self.device = home_of(model)
+        rule = "the loader must make its batches on the model's device"
+        expect(loader.device is self.device, op, rule, DeviceError, model=self.device, loader=loader.device)
+        self.loader, self.head = loader, list(model)[-1]
+        self.body = _without_head(model)
+        self.dtype = dtypes.bfloat16() if options().precision == "bfloat16" else np.dtype(np.float32)
+        asarray = self.device.asarray
+        self.counter, self.metrics = asarray(np.zeros(2, np.int64)), asarray(np.zeros(4))
+        self.order = asarray(np.arange(len(loader.images)))
+        self.epoch, self.next = -1, 0
+        self.steps: dict[int, Captured] = {}
+        self.held: list[Array] = []
+
+    def hold(self, arrays):
+        """Drop the graphs unless these are the arrays of the last time: they have their addresses. Whether it did."""
+        same = len(arrays) == len(self.held) and all(a is b for a, b in zip(arrays, self.held, strict=True))
+        if not same:
+            self.held, self.steps = arrays, {}
+        return not same
+
+    @property
+    def launches(self):
+        step = self.steps.get(self.loader.batch_size)
+        return step and step.launches
+
+    def run(self, number, function):
+        loader = self.loader
+        epoch, position = divmod(number, loader.steps_per_epoch)
+        if loader.shuffle and epoch != self.epoch:
+            self.order[...] = loader.order(epoch)
+            self.epoch = epoch
+        if number != self.next:
+            self.counter[0] = number
+        size = min(loader.batch_size, len(loader.images) - position * loader.batch_size)
+        if size not in self.steps:
+            self.steps[size] = Captured(lambda: function(*self.batch(size)), self.device)
+        self.steps[size]()
+        self.next = number + 1
+
+    def batch(self, size):
+        loader = self.loader
+        settings = loader.augment_key, loader.batch_size, loader.steps_per_epoch, size, self.dtype
+        arrays = loader.images, loader.labels, self.order, self.counter, loader.mean, loader.scale
+        return self.device.kernels.augment_step(*arrays, *settings, PADDING if loader.augment else None)
+
+    def loss(self, x, labels):
+        features = self.body(tensor(x, device=self.device))
+        return ops.classifier_loss(features, self.head.weight, self.head.bias, labels, metrics=self.metrics)
+
+    def take(self):
+        loss, wrong, images, _ = self.device.numpy(self.metrics)
+        self.metrics.fill(0)
+        return Sums(float(loss), int(wrong), int(images))
+
+
+def _without_head(model):
+    """`model` up to its last feature maps, over the same modules."""
+    body = type(model).__new__(type(model))
+    body.__dict__.update(model.__dict__)
+    body.__dict__["_modules"] = dict(list(model._modules.items())[:-2])
+    return body

@@ -63,6 +63,12 @@ class Running:
         self.seconds += seconds
         return wrong
 
+    def add_sums(self, loss: float, wrong: int, images: int, seconds: float = 0.0) -> None:
+        """Add several batches: the sum of their images' losses, and how many of those were wrong."""
+        self._loss_sum, self._wrong = self._loss_sum + loss, self._wrong + wrong
+        self.images += images
+        self.seconds += seconds
+
     @property
     def wrong(self) -> int:
         """Images whose largest logit is not their label's."""

@@ -100,7 +100,7 @@ class Loader:
         expect(whole and 0 <= step < 2**63, "data.Loader", rule, ArgumentError, step=repr(step))
         step = int(step)
         epoch, position = divmod(step, self.steps_per_epoch)
-        index = self._order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
+        index = self.order(epoch)[position * self.batch_size : (position + 1) * self.batch_size]
         if not self.augment:
             return self._make(index)
         # Drawn on the host and sent along, a few hundred bytes a batch: only the order is large enough to be kept.
@@ -114,13 +114,18 @@ class Loader:
         for start in range(0, len(self.images), self.batch_size):
             yield self._make(self._in_order[start : start + self.batch_size])
 
-    def _order(self, epoch):
-        """The images of an epoch by number, on the device."""
+    def order(self, epoch: int) -> Array:
+        """The images of an epoch by number, on the device: not to be written to."""
         if not self.shuffle:
             return self._in_order
         if self._order_of[0] != epoch:
             self._order_of = epoch, self.device.asarray(self._order_stream.permutation(epoch, len(self.images)))
         return self._order_of[1]
+
+    @property
+    def augment_key(self) -> int:
+        """Of the stream of random numbers whose draw `step` moves and flips the images of that step."""
+        return self._augment_stream.key
 
     def _make(self, index, top=None, left=None, flip=None):
         if top is None:
