@@ -312,7 +312,7 @@ def main():
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help="default: all")
     parser.add_argument("--device", choices=list(IMAGES), default="cpu")
     parser.add_argument("--against", choices=["torch", "none"], default="torch")
-    parser.add_argument("--conv", default="auto", help="the option conv: naive, direct (cpu), tiled, mma (cuda), auto")
+    parser.add_argument("--conv", default="auto", help="the option conv: auto, naive, direct; tiled, mma (cuda)")
     parser.add_argument("--threads", type=int, default=None, help="default: every CPU of this process")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--isa", choices=list(limits.ISA_FLAGS))

@@ -152,7 +152,7 @@ PYBIND11_MODULE(TINYRES_MODULE, module) {
   namespace py = pybind11;
   module.doc() = "CUDA kernels of tinyres; tinyres/backend/cuda.py is the way in";
   define_kernels(module);
-  module.attr("conv_algorithms") = py::make_tuple("auto", "naive", "tiled", "mma");
+  module.attr("conv_algorithms") = py::make_tuple("auto", "naive", "tiled", "mma", "direct");
   module.def(
       "connect",
       [](const py::object& allocator, const py::object& stream_address) {

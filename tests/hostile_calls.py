@@ -434,7 +434,7 @@ def _raw_conv_weight(d):
     return {**arrays, **geometry, "algorithm": d.pick(_ALGORITHMS)}
 
 
-_ALGORITHMS = ("auto", "naive", "direct", "tiled", "winograd")
+_ALGORITHMS = ("auto", "naive", "direct", "tiled", "winograd", "mma")
 
 
 def _pools(forward, argmax):

@@ -119,9 +119,9 @@ def test_rounded_once(device, name):
     assert [value.tobytes() if isinstance(value, np.ndarray) else None for value in CALLS[name]] == before
 
 
-@pytest.mark.parametrize("stride", ((1, 1), (2, 1)))
-@pytest.mark.parametrize("C, K", ((5, 9), (16, 40)))
-@pytest.mark.parametrize("algorithm", ("naive", "tiled", "mma"))
+@pytest.mark.parametrize("stride", ((1, 1), (2, 1), (2, 2)))
+@pytest.mark.parametrize("C, K", ((5, 9), (16, 40), (32, 16)))
+@pytest.mark.parametrize("algorithm", ("naive", "tiled", "mma", "direct"))
 @pytest.mark.parametrize("device", [name for name in DEVICES if name == "emulated"])
 def test_every_convolution_rounds_once(device, algorithm, C, K, stride):
     kernels = backend.get(device).kernels

@@ -331,14 +331,14 @@ def test_an_old_cupy():
 
 def test_who_multiplies_in_tf32():
     """The tensor cores, where there are some, and only what is float32 and left to the device."""
-    extension = types.SimpleNamespace(conv_algorithms=("auto", "naive", "mma"))
+    extension = types.SimpleNamespace(conv_algorithms=("auto", "naive", "mma", "direct"))
     chosen = Adapter("cuda", np, extension, np.empty)._algorithm
     for precision in PRECISION:
         with tinyres.options(precision=precision):
-            assert chosen(FLOAT32) == ("mma" if precision == "tf32" else "auto")
+            assert chosen(FLOAT32) == ("direct" if precision == "tf32" else "auto")
             assert chosen(np.dtype(np.float64)) == chosen(BF16) == "auto"
             with tinyres.options(conv="naive"):
                 assert chosen(FLOAT32) == "naive"
-            extension.conv_algorithms = ("auto", "naive")
+            extension.conv_algorithms = ("auto", "naive", "direct")  # a CPU's
             assert chosen(FLOAT32) == "auto"
-            extension.conv_algorithms = ("auto", "naive", "mma")
+            extension.conv_algorithms = ("auto", "naive", "mma", "direct")

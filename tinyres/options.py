@@ -20,12 +20,15 @@ CONV = ("auto", "naive", "direct", "tiled", "winograd", "mma")
 
 @dataclass(frozen=True)
 class Options:
-    """conv     how convolutions are computed: naive (the readable loops), direct (blocked and vectorised; cpu),
-             winograd (a quarter of the products for 3x3 windows at stride 1 in float32, docs/winograd.md; direct for
-             all others, and always in float64, so that gradient checks stay sharp; cpu), tiled (a matrix product
-             through shared memory; emulated, cuda), mma (the same on tensor cores, with operands of float32 rounded to
-             tf32; tiled in float64; emulated, cuda), or auto: the fastest that the device has for the shape, dtype and
-             precision
+    """conv     how convolutions are computed, or auto: the fastest that the device has for the shape, dtype and
+             precision.
+             On cpu: naive (the readable loops), direct (blocked and vectorised), winograd (a quarter of the products
+             for 3x3 windows at stride 1 in float32, docs/winograd.md; direct for all others, and always in float64, so
+             that gradient checks stay sharp).
+             On cuda and emulated: naive (one thread an output), tiled (a matrix product through shared memory), mma
+             (the same on tensor cores, with operands of float32 rounded to tf32; tiled in float64), direct (3x3
+             windows, padding 1, stride 1 or 2, of 16, 32 or 64 channels straight from tiles of the image, also on
+             tensor cores, operands rounded likewise; mma for all others)
     precision  of what is float32 otherwise; float64 stays float64.
              tf32: convolutions may round what they multiply to 10 bits of mantissa, where the device has tensor cores
              (cuda, emulated); nothing changes elsewhere.

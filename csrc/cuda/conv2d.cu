@@ -19,6 +19,7 @@
 //
 //   N batch, H W input size, C channels, K filters, R S window, P Q output size.
 #include "conv2d_mma.h"
+#include "conv3x3.h"
 #include "correlation.h"
 
 namespace tinyres {
@@ -27,18 +28,36 @@ namespace {
 constexpr int NAIVE_THREADS = 256;
 constexpr int SHORTEST_PART = 128;  // pixels, of the weight gradient
 
-// What `automatic` means, and what mma means where there are no tensor cores for the type.
+// Which kernels are called: what `automatic` is, by the type of the elements, and who stands in for whom.
 //
-//   float    tiled    products of float32 as it is; mma would round the operands to tf32's 11 bits
-//   bf16     mma      exact products, since the operands have 8 bits
-//   double   tiled    also where mma is asked for
+//   automatic   is       because
+//   bf16        direct   Products are exact on tensor cores, and sums are float. In bytes from memory or the L2 cache
+//   an
+//                        intensity of 75 to 120 (csrc/README.md), where mma has 14, 26 and 43 at 16, 32 and 64
+//                        channels.
+//   float       tiled    Products of float32 as it is; direct and mma would round the operands to tf32's 11 bits, which
+//                        is for whoever asks to allow (precision="tf32": then direct it is).
+//   double      tiled    Written for gradient checks: the plainest sums, whatever direct's double mma might gain.
+//
+//   asked for   taken where                                             elsewhere
+//   direct      3x3 window, padding 1, stride 1 or 2; 16, 32 or 64      mma, the stem and 1x1 convolutions among it,
+//               channels on each side; arrays aligned to 16 bytes;      which gathers whatever shape there is
+//               no bias, residual or ReLU behind it
+//   mma         float, bf16                                             tiled: there are no fragments of double
+//   tiled       everything                                              that also for what only a CPU has
+//   naive       everything
+//
+// The bytes are counted (benchmarks/traffic.py); no GPU has been asked yet. benchmarks/kernels.py does.
 template <class T>
 constexpr bool HAS_MMA = sizeof(T) <= 4;
 
 template <class T>
-ConvAlgorithm algorithm_for(ConvAlgorithm asked) {
-  if (asked == ConvAlgorithm::automatic) return sizeof(T) == 2 ? ConvAlgorithm::mma : ConvAlgorithm::tiled;
-  return asked == ConvAlgorithm::mma && !HAS_MMA<T> ? ConvAlgorithm::tiled : asked;
+ConvAlgorithm algorithm_for(ConvAlgorithm asked, bool direct_fits) {
+  ConvAlgorithm a = asked;
+  if (a == ConvAlgorithm::automatic) a = sizeof(T) == 2 ? ConvAlgorithm::direct : ConvAlgorithm::tiled;
+  if (a == ConvAlgorithm::direct && !direct_fits) a = ConvAlgorithm::mma;
+  if (a == ConvAlgorithm::mma && !HAS_MMA<T>) a = ConvAlgorithm::tiled;
+  return a;
 }
 
 // naive ------------------------------------------------------------------------------------------------------------
@@ -338,7 +357,9 @@ void conv2d_forward(T* y, const T* x, const T* w, const Epilogue<T>& epilogue, c
   const Shape s = shape_of(op, window);
   const i64 n = i64(s.N) * s.P * s.Q * s.K;
   if (n == 0) return;
-  algorithm = algorithm_for<T>(algorithm);
+  const bool plain = !epilogue.bias && !epilogue.residual && !epilogue.relu;
+  algorithm = algorithm_for<T>(algorithm, plain && direct::takes(window, {y, x, w}));
+  if (algorithm == ConvAlgorithm::direct) return direct::forward(op, y, x, w, window);
   if constexpr (HAS_MMA<T>)
     if (algorithm == ConvAlgorithm::mma) return mma::forward(op, y, x, w, epilogue, s);
   if (algorithm == ConvAlgorithm::naive)
@@ -354,7 +375,8 @@ void conv2d_backward_input(T* dx, const T* dy, const T* w, const Window& window,
   const Shape s = shape_of(op, window);
   const i64 n = i64(s.N) * s.H * s.W * s.C;
   if (n == 0) return;
-  algorithm = algorithm_for<T>(algorithm);
+  algorithm = algorithm_for<T>(algorithm, direct::takes(window, {dx, dy, w}));
+  if (algorithm == ConvAlgorithm::direct) return direct::backward_input(op, dx, dy, w, window, add);
   if constexpr (HAS_MMA<T>)
     if (algorithm == ConvAlgorithm::mma) return mma::backward_input(op, dx, dy, w, s, add);
   if (algorithm == ConvAlgorithm::naive)
@@ -458,7 +480,8 @@ void conv2d_backward_weight(Wide<T>* dw, const T* dy, const T* x, const Window& 
   const Shape s = shape_of(op, window);
   const int n = s.R * s.S * s.C * s.K, pixels = s.N * s.P * s.Q;
   if (n == 0) return;
-  algorithm = algorithm_for<T>(algorithm);
+  algorithm = algorithm_for<T>(algorithm, direct::takes(window, {dy, x}));
+  if (algorithm == ConvAlgorithm::direct) return direct::backward_weight(op, dw, dy, x, window);
   if constexpr (HAS_MMA<T>)
     if (algorithm == ConvAlgorithm::mma) return mma::backward_weight(op, dw, dy, x, s);
   const bool naive = algorithm == ConvAlgorithm::naive;

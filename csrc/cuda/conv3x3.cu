@@ -41,6 +41,7 @@
 //
 //   N batch, H W input size, C channels, K filters, P Q output size; `in` and `out` are as the product sees them: in
 //   backward_input, in is of dy and out of dx.
+#include "conv3x3.h"
 #include "conv3x3_tile.h"
 #include "correlation.h"
 
@@ -573,10 +574,8 @@ i64 conv3x3_slabs(const Window& s) {
 }
 
 template <class T>
-void conv3x3_backward_weight(Wide<T>* dw, Wide<T>* slabs, const T* dz, const T* x, const BatchNormGradient<T>& gradient,
-                             const BatchNorm<T>& batch_norm, const Window& s) {
-  const char* op = "conv3x3_backward_weight";
-  expect_fit(op, s, {dz, x, gradient.y});
+void launch_weight_gradient(const char* op, Wide<T>* dw, Wide<T>* slabs, const T* dz, const T* x,
+                            const BatchNormGradient<T>& gradient, const BatchNorm<T>& batch_norm, const Window& s) {
   with_weight_blocks(s, [&](auto C_BLOCK, auto K_BLOCK) {
     const WeightPlan<T, C_BLOCK, K_BLOCK> plan(s);
     const i64 n = TAPS * s.C * s.K;
@@ -591,7 +590,55 @@ void conv3x3_backward_weight(Wide<T>* dw, Wide<T>* slabs, const T* dz, const T* 
   });
 }
 
+template <class T>
+void conv3x3_backward_weight(Wide<T>* dw, Wide<T>* slabs, const T* dz, const T* x, const BatchNormGradient<T>& gradient,
+                             const BatchNorm<T>& batch_norm, const Window& s) {
+  expect_fit("conv3x3_backward_weight", s, {dz, x, gradient.y});
+  launch_weight_gradient("conv3x3_backward_weight", dw, slabs, dz, x, gradient, batch_norm, s);
+}
+
 }  // namespace
+
+// ---- for conv2d.cu --------------------------------------------------------------------------------------------------
+
+namespace direct {
+
+// Tiles have room for up to 16 times the pixels of narrow images, and are counted in 29 bits.
+bool takes(const Window& s, std::initializer_list<const void*> arrays) {
+  bool aligned = true;
+  for (const void* array : arrays) aligned = aligned && is_aligned(array);
+  return fits(s) && aligned && s.N * s.H * s.W < 1 << 25;
+}
+
+template <class T>
+void forward(const char* op, T* y, const T* x, const T* w, const Window& s) {
+  launch_convolve<T, false>(op, y, nullptr, x, w, BatchNorm<T>{}, Nothing(), s);
+}
+
+// What dx holds already comes to it as a shortcut's gradient would: read by the thread that then writes it.
+template <class T>
+void backward_input(const char* op, T* dx, const T* dy, const T* w, const Window& s, bool add) {
+  InputGradient<T> input{};
+  if (add) input.shortcut = {dx, s.H, s.W, s.C, 1, 0};
+  launch_convolve<T, true>(op, dx, nullptr, dy, w, BatchNormGradient<T>{}, input, s);
+}
+
+template <class T>
+void backward_weight(const char* op, Wide<T>* dw, const T* dy, const T* x, const Window& s) {
+  launch_weight_gradient(op, dw, static_cast<Wide<T>*>(nullptr), dy, x, BatchNormGradient<T>{}, BatchNorm<T>{}, s);
+}
+
+template void forward(const char*, float*, const float*, const float*, const Window&);
+template void forward(const char*, double*, const double*, const double*, const Window&);
+template void forward(const char*, bf16*, const bf16*, const bf16*, const Window&);
+template void backward_input(const char*, float*, const float*, const float*, const Window&, bool);
+template void backward_input(const char*, double*, const double*, const double*, const Window&, bool);
+template void backward_input(const char*, bf16*, const bf16*, const bf16*, const Window&, bool);
+template void backward_weight(const char*, float*, const float*, const float*, const Window&);
+template void backward_weight(const char*, double*, const double*, const double*, const Window&);
+template void backward_weight(const char*, float*, const bf16*, const bf16*, const Window&);
+
+}  // namespace direct
 
 template <class T>
 void conv3x3_kernels(Kernels<T>& table) {

@@ -29,10 +29,11 @@ constexpr int ROWS_AT_ONCE = 16;                    // whose loads a thread has 
 // Rows, and so blocks, for a tensor of that many channels: two blocks to a multiprocessor at most.
 inline i64 most_rows(i64 channels) { return max(i64(1), min(2 * i64(MULTIPROCESSORS), ROW_CHANNELS / channels)); }
 
+inline bool is_aligned(const void* array) { return reinterpret_cast<std::uintptr_t>(array) % 16 == 0; }
+
 inline void expect_aligned(const char* op, std::initializer_list<const void*> arrays) {
   for (const void* array : arrays)
-    if (reinterpret_cast<std::uintptr_t>(array) % 16)
-      throw std::invalid_argument("[" + std::string(op) + "] arrays must be aligned to 16 bytes");
+    if (!is_aligned(array)) throw std::invalid_argument("[" + std::string(op) + "] arrays must be aligned to 16 bytes");
 }
 
 // ---- elements -----------------------------------------------------------------------------------------------------

@@ -400,6 +400,49 @@ void test_refused(const Kernels<T>& k) {
   CHECK(refuses(x.data(), other) && refuses(x.data() + 1, s.window()));
 }
 
+// ---- as conv2d calls them -------------------------------------------------------------------------------------------
+
+// Without batch norm; dx added to what is there already. Exact but for the rounding of what is stored.
+template <class T>
+void test_direct(const Case& s) {
+  const Window window = s.window();
+  Array<T> x(s.x()), w(s.w()), dy(s.y()), y(s.y()), dx(s.x());
+  Array<Wide<T>> dw(s.w());
+  fill_integers(x, 1), fill_integers(w, 2), fill_integers(dy, 3), fill_integers(dx, 4);
+  Doubles want_dx = convolution_backward_input(s, doubles(dy), doubles(w)), want_dw(std::size_t(s.w()));
+  for (int i = 0; i < s.x(); i++) want_dx[std::size_t(i)] += value(dx[i]);
+  for_pairs(s, [&](int from, int tap, int to) {
+    for (int c = 0; c < s.C; c++)
+      for (int k = 0; k < s.K; k++)
+        want_dw[std::size_t((tap * s.C + c) * s.K + k)] += value(x[from * s.C + c]) * value(dy[to * s.K + k]);
+  });
+  fill_nan(y), fill_nan(dw);
+  direct::forward("test", y.data(), x.data(), w.data(), window);
+  direct::backward_input("test", dx.data(), dy.data(), w.data(), window, true);
+  direct::backward_weight("test", dw.data(), dy.data(), x.data(), window);
+  wait();
+  const double ulps = sizeof(T) == 2 ? 0.5 : 0;
+  CHECK(close(y, convolution(s, doubles(x), doubles(w)), ulps) && close(dx, want_dx, ulps) && close(dw, want_dw, 0));
+}
+
+void test_takes() {
+  alignas(16) const char array[32] = {};
+  const auto takes = [&](const char* at, auto change) {
+    Window s = Case{2, 8, 8, 16, 32, 2}.window();
+    change(s);
+    return direct::takes(s, {array, at, nullptr});
+  };
+  CHECK(takes(array, [](Window&) {}));
+  CHECK(!takes(array + 8, [](Window&) {}));
+  CHECK(!takes(array, [](Window& s) { s.C = 8; }) && !takes(array, [](Window& s) { s.K = 48; }));
+  CHECK(!takes(array, [](Window& s) { s.stride_w = 1; }) && !takes(array, [](Window& s) { s.pad_h = 0; }));
+  CHECK(!takes(array, [](Window& s) { s.R = 1; }) && !takes(array, [](Window& s) { s.stride_h = s.stride_w = 3; }));
+  // More pixels than tiles can be counted for; with a pixel less in the worst case for tiles they can.
+  CHECK(!takes(array, [](Window& s) { s.N = 1 << 19; }));
+  const Window narrow = {(1 << 25) / 33 - 1, 33, 1, 64, 64, 3, 3, 33, 1, 1, 1, 1, 1};
+  CHECK(direct::takes(narrow, {}) && geometry_of(narrow, false, 256).tiles > 0);
+}
+
 // ---- all ----------------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -433,6 +476,7 @@ void test_all() {
     test_statistics(k, s, 2);  // a mean that is large beside the deviation
     test_gradient_rows(k, s);
   }
+  for (const Case& s : {Case{2, 9, 5, 16, 16, 1}, Case{1, 6, 7, 32, 64, 2}}) test_direct<T>(s);
   test_nan(k);
   test_refused(k);
 }
@@ -440,6 +484,7 @@ void test_all() {
 }  // namespace
 
 int main() {
+  test_takes();
   test_all<bf16>();
   test_all<float>();
   test_all<double>();

@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tinyres
@@ -19,8 +19,10 @@ def _algorithms(device):
 
 
 ALGORITHMS = [(device, algorithm) for device in DEVICES for algorithm in _algorithms(device)]
-FULL_FLOAT32 = [(device, algorithm) for device, algorithm in ALGORITHMS if algorithm != "mma"]  # operands as they are
-MMA = [device for device, algorithm in ALGORITHMS if algorithm == "mma"]
+# On tensor cores, which round operands of float32.
+ROUNDED = [(device, a) for device, a in ALGORITHMS if a == "mma" or (a == "direct" and "mma" in _algorithms(device))]
+FULL_FLOAT32 = [pair for pair in ALGORITHMS if pair not in ROUNDED]
+DIRECT = [device for device, algorithm in ROUNDED if algorithm == "direct"]
 
 
 def _reduction(g):
@@ -95,7 +97,7 @@ def test_each_algorithm(reason, check, device, algorithm, monkeypatch):
 @pytest.mark.parametrize("device", [device for device in DEVICES if device != "reference"])
 def test_an_algorithm_of_other_devices_is_refused(device):
     x, w = (tinyres.tensor(np.ones(shape), device=device) for shape in ((1, 4, 4, 2), (3, 3, 2, 2)))
-    other = "tiled" if device == "cpu" else "direct"
+    other = "tiled" if device == "cpu" else "winograd"
     message = rf"^\[conv2d\] on {device} the option conv is one of auto, naive, .*; got conv {other}"
     with tinyres.options(conv=other), pytest.raises(tinyres.errors.ArgumentError, match=message):
         ops.conv2d(x, w)
@@ -219,16 +221,16 @@ def test_layers_of_the_networks(shape, algorithm, device, rng):
 TF32 = 2.0**-11  # half a step: what an operand's rounding may change
 
 
-@pytest.mark.parametrize("device", MMA)
+@pytest.mark.parametrize("device, algorithm", ROUNDED)
 @pytest.mark.parametrize("shape", NETWORKS)
-def test_tensor_cores_round_operands_to_tf32_and_nothing_else(shape, device, rng):
+def test_tensor_cores_round_operands_to_tf32_and_nothing_else(shape, device, algorithm, rng):
     """In float32: within what rounding both operands can do to the sum of the products' magnitudes, and no nearer than
-    rounding makes it. Operands that tf32 holds give float32's accuracy, float64 its own bits."""
+    rounding makes it. Operands that tf32 holds give float32's accuracy."""
     g = _layer(*shape)
     arrays = [rng.standard_normal(s).astype(np.float32) for s in (g.x, g.w, g.y)]
     held = [a.astype(ml_dtypes.bfloat16).astype(np.float32) for a in arrays]  # so does tf32 hold what bfloat16 does
     bounds = _all_three(*(np.abs(a.astype(np.float64)) for a in arrays), g, "reference")
-    with tinyres.options(conv="mma"):
+    with tinyres.options(conv=algorithm):
         rounded, exact = (_all_three(*operands, g, device) for operands in (arrays, held))
     wanted = (_all_three(*(a.astype(np.float64) for a in operands), g, "reference") for operands in (arrays, held))
     for got, want, bound, name in zip(rounded, next(wanted), bounds, ("y", "dx", "dw"), strict=True):
@@ -240,15 +242,64 @@ def test_tensor_cores_round_operands_to_tf32_and_nothing_else(shape, device, rng
         assert_close(got, want, _reduction(g), name)
 
 
-@pytest.mark.parametrize("device", MMA)
-def test_tensor_cores_leave_float64_alone(device, rng):
+@pytest.mark.parametrize("device, algorithm", ROUNDED)
+def test_tensor_cores_leave_float64_alone(device, algorithm, rng):
+    """Where direct does not take the shape, it is tiled that does."""
     g = CONVS["3x3 stride 2, odd size"]
     arrays = [rng.standard_normal(s) for s in (g.x, g.w, g.y)]
     results = []
-    for algorithm in ("mma", "tiled"):
-        with tinyres.options(conv=algorithm):
+    for name in (algorithm, "tiled"):
+        with tinyres.options(conv=name):
             results.append([a.tobytes() for a in _all_three(*arrays, g, device)])
     assert results[0] == results[1]
+
+
+@st.composite
+def _direct_geometries(draw):
+    """What direct takes on CUDA, images narrower and wider than its tiles."""
+    H, W = draw(st.integers(1, 9)), draw(st.integers(1, 9) | st.sampled_from((15, 33)))
+    C, K, stride = draw(st.sampled_from((16, 32, 64))), draw(st.sampled_from((16, 32, 64))), draw(st.integers(1, 2))
+    return _layer(draw(st.integers(1, 3)), H, W, C, K, stride)
+
+
+@pytest.mark.parametrize("device", DIRECT)
+@settings(max_examples=12)
+@given(g=_direct_geometries(), dtype=st.sampled_from((np.float32, np.float64, ml_dtypes.bfloat16)))
+def test_what_direct_takes_is_exact_on_integers(device, g, dtype):
+    """The definition's bits, also as a sum with what dx holds; in bfloat16, where auto is direct, rounded once."""
+    x, w, dy = _integers(g, dtype)
+    kernels, asarray = backend.get(device).kernels, backend.get(device).asarray
+    total = np.random.default_rng(0).integers(-3, 4, g.x).astype(dtype)
+    wants = _all_three(*(a.astype(np.float64) for a in (x, w, dy)), g, "reference")
+    results = {}
+    for algorithm in ("direct", "auto"):
+        with tinyres.options(conv=algorithm):
+            there = asarray(total.copy())
+            kernels.conv2d_backward_input(asarray(dy), asarray(w), g.x, g.stride, g.padding, there)
+            y = kernels.conv2d_forward(asarray(x), asarray(w), g.stride, g.padding)
+            dw = kernels.conv2d_backward_weight(asarray(dy), asarray(x), g.w, g.stride, g.padding)
+        results[algorithm] = [backend.get(device).numpy(a) for a in (y, there, dw)]
+    for got, again, want in zip(*results.values(), (wants[0], wants[1] + total, wants[2]), strict=True):
+        assert np.array_equal(got, want.astype(got.dtype)) and np.array_equal(got, again)
+
+
+@pytest.mark.parametrize("device", [name for name in DIRECT if name == "emulated"])  # whose arrays are NumPy's
+def test_arrays_off_the_grid_go_another_way(device):
+    """A view of an array need not be aligned to the 16 bytes that direct moves at once: mma takes it."""
+    g = _layer(1, 5, 6, 16, 16, 1)
+    kernels = backend.get(device).kernels
+    x, w, dy = _integers(g, np.float32)
+    want = _all_three(x, w, dy, g, "reference")
+    shifted = [np.concatenate([np.zeros(1, np.float32), a.ravel()])[1:].reshape(a.shape) for a in (x, w, dy)]
+    assert all(a.ctypes.data % 16 for a in shifted)
+    with tinyres.options(conv="direct"):
+        got = (
+            kernels.conv2d_forward(shifted[0], shifted[1], g.stride, g.padding),
+            kernels.conv2d_backward_input(shifted[2], shifted[1], g.x, g.stride, g.padding),
+            kernels.conv2d_backward_weight(shifted[2], shifted[0], g.w, g.stride, g.padding),
+        )
+    for result, expected in zip(got, want, strict=True):
+        assert np.array_equal(result, expected)
 
 
 LARGE = {

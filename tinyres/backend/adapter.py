@@ -238,7 +238,7 @@ class Adapter:
     def _algorithm(self, dtype):
         known, chosen = self.extension.conv_algorithms, options().conv
         if chosen == "auto" and dtype == np.float32 and options().precision == "tf32" and "mma" in known:
-            return "mma"  # the tensor cores round float32; in bfloat16 they are the extension's own choice
+            return "direct"  # on tensor cores, which round float32; in bfloat16 they are the extension's own choice
         if chosen not in known:
             rule = f"on {self.name} the option conv is one of {', '.join(known)}"
             fail("conv2d", rule, ArgumentError, conv=chosen)
