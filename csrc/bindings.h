@@ -21,6 +21,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -80,11 +81,15 @@ inline bool is_bfloat16(const py::dtype& type) {
 }
 
 template <class T>
-bool holds(const Array& array) {
-  const py::dtype type = array.dtype();
+bool is(const py::dtype& type) {
   if constexpr (std::is_same_v<T, bf16>) return is_bfloat16(type);
   const char kind = std::is_floating_point_v<T> ? 'f' : std::is_signed_v<T> ? 'i' : 'u';
-  return type.kind() == kind && array.itemsize() == py::ssize_t(sizeof(T)) && is_native(type);
+  return type.kind() == kind && type.itemsize() == py::ssize_t(sizeof(T)) && is_native(type);
+}
+
+template <class T>
+bool holds(const Array& array) {
+  return is<T>(array.dtype());
 }
 
 template <class T>
@@ -651,6 +656,236 @@ Window max_pooling(const Call& call, const Array& input, const Array& output, Pa
   return s;
 }
 
+// 3x3 convolutions fused with batch norm, on devices whose table has them --------------------------------------------
+// The structs of kernels.h come as tuples of their members, in order; None stands for an empty one. How many rows there
+// are follows from the array's size.
+
+using BatchNormTuple =
+    std::tuple<Array, Array, OptionalArray, Array, Array, OptionalArray, OptionalArray, double,
+               double>;  // gamma, beta, rows, mean, inv_std, running_mean, running_var, momentum, eps
+using GradientTuple = std::tuple<Array, Array, Array, Array, OptionalArray, Array,
+                                 Array>;                          // y, gamma, mean, inv_std, rows, dgamma, dbeta
+using ShortcutTuple = std::tuple<Array, i64, i64>;                // x, stride, before
+using MaskTuple = std::tuple<Array, Array, Array, Array, Array>;  // y, gamma, beta, mean, inv_std, of an InputGradient
+
+constexpr i64 MAX_PIXELS = i64(1) << 31;  // the kernels count them by int
+
+// The rows of an array, each of so many numbers.
+i64 count_rows(const Call& call, const Array& rows, i64 numbers) {
+  const bool whole = rows.ndim() == 1 && rows.size() > 0 && rows.size() < MAX_PIXELS && rows.size() % numbers == 0;
+  call.expect(whole, "rows must be an array of one axis that holds whole rows of sums");
+  return rows.size() / numbers;
+}
+
+template <class T>
+BatchNorm<T> batch_norm_of(const Call& call, const std::optional<BatchNormTuple>& given, py::ssize_t C) {
+  using W = Wide<T>;
+  BatchNorm<T> bn{};
+  if (!given) return bn;
+  const auto& [gamma, beta, rows, mean, inv_std, running_mean, running_var, momentum, eps] = *given;
+  bn.gamma = call.in<W>("gamma", gamma, {C});
+  bn.beta = call.in<W>("beta", beta, {C});
+  bn.momentum = momentum, bn.eps = eps;
+  if (!rows) {
+    bn.mean = const_cast<W*>(call.in<W>("mean", mean, {C}));
+    bn.inv_std = const_cast<W*>(call.in<W>("inv_std", inv_std, {C}));
+    return bn;
+  }
+  bn.row_count = count_rows(call, *rows, 2 * C + 1);
+  bn.rows = call.in<W>("rows", *rows, Shape(*rows));
+  bn.mean = call.out<W>("mean", mean, {C});
+  bn.inv_std = call.out<W>("inv_std", inv_std, {C});
+  bn.running_mean = call.out<W>("running_mean", running_mean, {C});
+  bn.running_var = call.out<W>("running_var", running_var, {C});
+  return bn;
+}
+
+template <class T>
+BatchNormGradient<T> gradient_of(const Call& call, const std::optional<GradientTuple>& given, const Array& dz) {
+  using W = Wide<T>;
+  BatchNormGradient<T> gradient{};
+  if (!given) return gradient;
+  const auto& [y, gamma, mean, inv_std, rows, dgamma, dbeta] = *given;
+  const py::ssize_t K = dz.shape(3);
+  gradient.y = call.in<T>("y", y, Shape(dz));
+  gradient.gamma = call.in<W>("gamma", gamma, {K});
+  gradient.mean = call.in<W>("mean", mean, {K});
+  gradient.inv_std = call.in<W>("inv_std", inv_std, {K});
+  if (!rows) {
+    gradient.dgamma = const_cast<W*>(call.in<W>("dgamma", dgamma, {K}));
+    gradient.dbeta = const_cast<W*>(call.in<W>("dbeta", dbeta, {K}));
+    return gradient;
+  }
+  gradient.row_count = count_rows(call, *rows, 2 * K);
+  gradient.rows = call.in<W>("rows", *rows, Shape(*rows));
+  gradient.dgamma = call.out<W>("dgamma", dgamma, {K});
+  gradient.dbeta = call.out<W>("dbeta", dbeta, {K});
+  return gradient;
+}
+
+// What goes round to `to` (N, H, W, C), forward; or backward, when it is the smaller of the two images.
+template <class T>
+Shortcut<T> shortcut_of(const Call& call, const std::optional<ShortcutTuple>& given, const Array& to, bool backward) {
+  if (!given) return {};
+  const auto& [x, stride, before] = *given;
+  call.rank("shortcut", x, 4);
+  constexpr i64 WHOLE = 16 / i64(sizeof(T));  // channels that are moved at once
+  const i64 C = x.shape(3);
+  call.expect(stride >= 1 && stride <= MAX_WINDOW, "the shortcut's stride must be between 1 and 2**20");
+  call.expect(before >= 0 && before <= MAX_WINDOW && before % WHOLE == 0 && C > 0 && C % WHOLE == 0,
+              "the shortcut's channels, and those before them, must fill 16 bytes");
+  bool fits = x.shape(0) == to.shape(0) && (!backward || before + to.shape(3) <= C);
+  for (int axis = 1; axis < 3; axis++) {
+    const i64 large = (backward ? to : x).shape(axis), small = (backward ? x : to).shape(axis);
+    fits = fits && large > 0 && small == (large - 1) / stride + 1;
+  }
+  call.expect(fits, "the shortcut must have the size that its stride gives, and all channels");
+  return {call.in<T>("shortcut", x, Shape(x)), x.shape(1), x.shape(2), C, stride, before};
+}
+
+// count(table), of the kernels for elements of that type.
+template <class F>
+i64 count_by(const py::object& dtype, const F& count) {
+  const py::dtype type = py::dtype::from_args(dtype);
+  if (is<float>(type)) return count(kernels<float>());
+  if (is<double>(type)) return count(kernels<double>());
+  if constexpr (BFLOAT16)
+    if (is<bf16>(type)) return count(kernels<bf16>());
+  throw py::type_error("the type must be float32, float64 or bfloat16; got " + std::string(py::str(type)));
+}
+
+// The 3x3 window of padding 1 over images x (N, H, W, C).
+Window window3x3(const Call& call, const std::vector<i64>& x, i64 K, i64 stride) {
+  bool fits = x.size() == 4;
+  for (const i64 size : x) fits = fits && size >= 1 && size <= MAX_WINDOW;
+  call.expect(fits && K >= 1 && K <= MAX_WINDOW, "x must be (N, H, W, C), sizes between 1 and 2**20");
+  call.expect(stride >= 1 && stride <= MAX_WINDOW, "the stride must be between 1 and 2**20");
+  return {x[0], x[1], x[2], x[3], K, 3, 3, (x[1] - 1) / stride + 1, (x[2] - 1) / stride + 1, stride, stride, 1, 1};
+}
+
+i64 conv3x3_rows(const py::object& dtype, const std::vector<i64>& x, i64 K, i64 stride, bool backward) {
+  const Window s = window3x3(Call("conv3x3_rows"), x, K, stride);
+  return count_by(dtype, [&](const auto& table) { return table.conv3x3_rows(s, backward); });
+}
+
+i64 conv3x3_slabs(const py::object& dtype, const std::vector<i64>& x, i64 K, i64 stride) {
+  const Window s = window3x3(Call("conv3x3_slabs"), x, K, stride);
+  return count_by(dtype, [&](const auto& table) { return table.conv3x3_slabs(s); });
+}
+
+void conv3x3_forward(const Array& y, const OptionalArray& rows, const Array& x, const Array& w,
+                     const std::optional<BatchNormTuple>& norm, i64 stride) {
+  const Call call("conv3x3_forward");
+  const Window s = convolution(call, x, w, y, {stride, stride}, {1, 1});
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(y));
+    Wide<T>* const rows_p = call.out<Wide<T>>("rows", rows, {kernels<T>().conv3x3_rows(s, false) * (2 * s.K + 1)});
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    const T* const wp = call.in<T>("w", w, {s.R, s.S, s.C, s.K});
+    const BatchNorm<T> bn = batch_norm_of<T>(call, norm, s.C);
+    const NoGil released;
+    kernels<T>().conv3x3_forward(yp, rows_p, xp, wp, bn, s);
+  });
+}
+
+void conv3x3_backward_input(const Array& dx, const OptionalArray& rows, const Array& dz, const Array& w,
+                            const std::optional<GradientTuple>& gradient, const std::optional<ShortcutTuple>& shortcut,
+                            const OptionalArray& output, const std::optional<MaskTuple>& before, i64 stride) {
+  const Call call("conv3x3_backward_input");
+  const Window s = convolution(call, dx, w, dz, {stride, stride}, {1, 1});
+  call.expect(before || !rows, "sums need the batch norm that they are for");
+  call.typed(dx, [&](auto zero) {
+    using T = decltype(zero);
+    using W = Wide<T>;
+    T* const dxp = call.out<T>("dx", dx, Shape(dx));
+    const T* const dzp = call.in<T>("dz", dz, Shape(dz));
+    const T* const wp = call.in<T>("w", w, {s.R, s.S, s.C, s.K});
+    const BatchNormGradient<T> of_z = gradient_of<T>(call, gradient, dz);
+    InputGradient<T> input{};
+    input.shortcut = shortcut_of<T>(call, shortcut, dx, true);
+    input.output = call.in<T>("output", output, Shape(dx));
+    if (before) {
+      const auto& [y, gamma, beta, mean, inv_std] = *before;
+      input.y = call.in<T>("y", y, Shape(dx));
+      input.gamma = call.in<W>("gamma", gamma, {s.C});
+      input.beta = call.in<W>("beta", beta, {s.C});
+      input.mean = call.in<W>("mean", mean, {s.C});
+      input.inv_std = call.in<W>("inv_std", inv_std, {s.C});
+    }
+    input.rows = call.out<W>("rows", rows, {kernels<T>().conv3x3_rows(s, true) * 2 * s.C});
+    const NoGil released;
+    kernels<T>().conv3x3_backward_input(dxp, dzp, wp, of_z, input, s);
+  });
+}
+
+void conv3x3_backward_weight(const OptionalArray& dw, const OptionalArray& slabs, const Array& dz, const Array& x,
+                             const std::optional<GradientTuple>& gradient, const std::optional<BatchNormTuple>& norm,
+                             i64 stride) {
+  const Call call("conv3x3_backward_weight");
+  call.rank("dz", dz, 4);
+  call.expect(dw.has_value() != slabs.has_value(), "either dw or slabs must be given");
+  call.expect(!norm || !std::get<2>(*norm), "the batch norm's mean and inv_std must be known");
+  const Window s = window_between(call, x, dz, {3, 3}, {stride, stride}, {1, 1});
+  call.typed(dz, [&](auto zero) {
+    using T = decltype(zero);
+    using W = Wide<T>;
+    W* const dwp = call.out<W>("dw", dw, {3, 3, s.C, s.K});
+    const std::vector<py::ssize_t> parts{kernels<T>().conv3x3_slabs(s), 3, 3, s.C, s.K};
+    W* const slabs_p = call.out<W>("slabs", slabs, Shape(parts));
+    const T* const dzp = call.in<T>("dz", dz, Shape(dz));
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    const BatchNormGradient<T> of_z = gradient_of<T>(call, gradient, dz);
+    const BatchNorm<T> bn = batch_norm_of<T>(call, norm, s.C);
+    const NoGil released;
+    kernels<T>().conv3x3_backward_weight(dwp, slabs_p, dzp, xp, of_z, bn, s);
+  });
+}
+
+void block_output(const Array& y, const Array& x, const BatchNormTuple& norm,
+                  const std::optional<ShortcutTuple>& shortcut, const std::optional<BatchNormTuple>& shortcut_norm) {
+  const Call call("block_output");
+  call.rank("y", y, 4);
+  const py::ssize_t N = y.shape(0), H = y.shape(1), W = y.shape(2), C = y.shape(3);
+  call.expect(y.size() > 0 && y.size() / C < MAX_PIXELS, "y must have pixels, and under 2**31");
+  call.expect(shortcut || !shortcut_norm, "without a shortcut there is no batch norm of it");
+  const bool same = !shortcut_norm || (std::get<0>(*shortcut).ndim() == 4 && std::get<0>(*shortcut).shape(3) == C);
+  call.expect(same, "a shortcut with a batch norm must have the channels of y");
+  call.typed(y, [&](auto zero) {
+    using T = decltype(zero);
+    T* const yp = call.out<T>("y", y, Shape(y));
+    const T* const xp = call.in<T>("x", x, Shape(y));
+    const BatchNorm<T> bn = batch_norm_of<T>(call, norm, C), around = batch_norm_of<T>(call, shortcut_norm, C);
+    const Shortcut<T> from = shortcut_of<T>(call, shortcut, y, false);
+    const NoGil released;
+    kernels<T>().block_output(yp, xp, bn, from, around, N, H, W, C);
+  });
+}
+
+i64 block_output_rows(const py::object& dtype, i64 M, i64 C) {
+  Call("block_output_rows").expect(M >= 1 && M < MAX_PIXELS && C >= 1 && C <= MAX_WINDOW, "M or C is out of range");
+  return count_by(dtype, [&](const auto& table) { return table.block_output_rows(M, C); });
+}
+
+void block_output_backward(const Array& dz, const Array& rows, const Array& dy, const Array& output, const Array& y,
+                           const Array& mean) {
+  const Call call("block_output_backward");
+  call.rank("dz", dz, 4);
+  call.expect(dz.size() > 0 && dz.size() / dz.shape(3) < MAX_PIXELS, "dz must have pixels, and under 2**31");
+  const i64 C = dz.shape(3), M = dz.size() / C;
+  call.typed(dz, [&](auto zero) {
+    using T = decltype(zero);
+    T* const dzp = call.out<T>("dz", dz, Shape(dz));
+    Wide<T>* const rows_p = call.out<Wide<T>>("rows", rows, {kernels<T>().block_output_rows(M, C) * 2 * C});
+    const T* const dyp = call.in<T>("dy", dy, Shape(dz));
+    const T* const output_p = call.in<T>("output", output, Shape(dz));
+    const T* const yp = call.in<T>("y", y, Shape(dz));
+    const Wide<T>* const mean_p = call.in<Wide<T>>("mean", mean, {C});
+    const NoGil released;
+    kernels<T>().block_output_backward(dzp, rows_p, dyp, output_p, yp, mean_p, M, C);
+  });
+}
+
 void max_pool2d_forward(const Array& y, const Array& argmax, const Array& x, Pair size, Pair stride, Pair padding) {
   const Call call("max_pool2d_forward");
   const Window s = max_pooling(call, x, y, size, stride, padding);
@@ -964,6 +1199,16 @@ inline void define_kernels(py::module_& module) {
   module.def("conv2d_bias_forward", &conv2d_bias_forward);
   module.def("conv2d_backward_input", &conv2d_backward_input);
   module.def("conv2d_backward_weight", &conv2d_backward_weight);
+  if (kernels<float>().conv3x3_rows) {
+    module.def("conv3x3_rows", &conv3x3_rows);
+    module.def("conv3x3_slabs", &conv3x3_slabs);
+    module.def("conv3x3_forward", &conv3x3_forward);
+    module.def("conv3x3_backward_input", &conv3x3_backward_input);
+    module.def("conv3x3_backward_weight", &conv3x3_backward_weight);
+    module.def("block_output", &block_output);
+    module.def("block_output_rows", &block_output_rows);
+    module.def("block_output_backward", &block_output_backward);
+  }
   module.def("batch_norm_forward", &batch_norm_forward);
   module.def("batch_norm_backward", &batch_norm_backward);
   module.def("batch_norm_inference", &batch_norm_inference);

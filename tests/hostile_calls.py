@@ -2,7 +2,9 @@
 compared. A new op, layer, optimizer or binding has its line here.
 """
 
+import importlib
 import itertools
+import math
 
 import numpy as np
 
@@ -286,6 +288,10 @@ def _model(d):
             "x": _image(d, 3)}  # fmt: skip
 
 
+def _fused(d):
+    return {**_model(d), "level": d.pick(("layer", "block"))}
+
+
 def _parameter(d):
     return {"array": d.array(*d.shape(2)), "device": d.device.name}
 
@@ -303,6 +309,8 @@ LAYERS = {
     "AvgPool2d": _layer("AvgPool2d", _pooling),
     **{name: _layer(name, lambda d: {"x": _image(d)}) for name in ("GlobalAvgPool2d", "Flatten", "ReLU", "Identity")},
     "Dropout": _layer("Dropout", lambda d: {"p": 0.5, "x": _image(d)}),
+    "FusedSequential": _layer("FusedSequential", lambda d: {"parts": [tinyres.fuse(nn.Residual(*_parts(d))),
+                                                                      nn.ReLU()], "x": _image(d, 3)}),
     "Sequential": _layer("Sequential", lambda d: {"parts": _parts(d), "x": _image(d, 3)}),
     "Residual": _layer("Residual", _residual),
     "FusedResidual": _layer("FusedResidual", lambda d: {**_residual(d), "activation": None, "join": None}),
@@ -312,7 +320,7 @@ LAYERS = {
                                                             "x": _image(d, 3)}),
     "shortcut": _function("shortcut", lambda d: {"option": d.pick("ABC"), "in_channels": 3, "out_channels": 4,
                                                  "stride": 2, "norm": d.chance(0.5), "x": _image(d, 3)}),
-    "fuse": _function("fuse", _model),
+    "fuse": _function("fuse", _fused),
     "fold_batch_norm": _function("fold_batch_norm", _model),
     "Parameter": (_parameter, lambda arguments, d: [nn.Parameter(**arguments).data]),
 }  # fmt: skip
@@ -396,6 +404,10 @@ def tensor_arguments(d):
 # By name: the arguments; which of them are written; and what the reference has in their place.
 
 R = tinyres.backend.get("reference").kernels
+try:  # says how large some arguments of others must be
+    FUSED = importlib.import_module("tinyres._emulated")
+except ImportError:
+    FUSED = None
 
 
 def _raw(outputs, arguments, want):
@@ -426,6 +438,115 @@ def _raw_conv_input(d):
     x, w, y, geometry = _raw_window(d)
     arrays = {"dx": d.out(*x), "dy": d.array(*y), "w": d.array(*w)}
     return {**arrays, **geometry, "algorithm": d.pick(_ALGORITHMS), "add": d.chance(0.5)}
+
+
+def _raw_fused(*names):
+    """Arguments of the 3x3 convolutions fused with batch norm. float32 they round to tf32: nothing to compare with."""
+
+    def arguments(d):
+        N, H, W, C, K = d.integer(1, 3), d.integer(1, 5), d.integer(1, 9), *(d.pick((16, 32)) for _ in "CK")
+        stride = d.pick((1, 2))
+        d.dtype = d.pick((np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float64)))
+        d.comparable = d.dtype == np.float64
+        shapes = {"x": (N, H, W, C), "y": (N, *_output((N, H, W, C), 3, stride, 1), K)}
+
+        def counted(kind, numbers):
+            return d.out(FUSED.conv3x3_rows(d.dtype, shapes["x"], K, stride, kind) * numbers) if FUSED else None
+
+        makers = {
+            "x": lambda: d.array(*shapes["x"]), "w": lambda: d.array(3, 3, C, K), "dz": lambda: d.array(*shapes["y"]),
+            "y": lambda: d.out(*shapes["y"]), "dx": lambda: d.out(*shapes["x"]), "dw": lambda: d.out(3, 3, C, K),
+            "output": lambda: d.pick((None, d.array(*shapes["x"]))),
+            "norm": lambda: d.pick((None, _raw_statistics(d, C))),
+            "gradient": lambda: d.pick((None, _raw_gradient(d, shapes["y"]))),
+            "shortcut": lambda: d.pick((None, (d.array(*shapes["x"]), 1, 0))),
+            "before": lambda: (d.array(*shapes["x"]), *(d.array(C) for _ in range(3)), _positive(d, C)),
+            "rows": lambda: counted("dx" in names, 2 * C if "dx" in names else 2 * K + 1),
+            "slabs": lambda: None, "stride": lambda: stride,
+        }  # fmt: skip
+        return {name: makers[name]() for name in names}
+
+    return arguments
+
+
+def _raw_statistics(d, C):
+    """A BatchNorm: gamma, beta, rows, mean, inv_std, running_mean, running_var, momentum, eps."""
+    return (d.array(C), d.array(C), None, d.array(C), _positive(d, C), None, None, 0.1, 1e-5)
+
+
+def _raw_gradient(d, y):
+    """A BatchNormGradient: y, gamma, mean, inv_std, rows, dgamma, dbeta; from rows, or with both known."""
+    C = y[3]
+    statistics = d.array(*y), d.array(C), d.array(C), _positive(d, C)
+    if d.chance(0.5):
+        return (*statistics, None, d.array(C), d.array(C))
+    return (*statistics, _positive(d, d.integer(1, 9) * 2 * C), d.out(C), d.out(C))
+
+
+def _want_normed(x, norm):
+    if norm is None:
+        return x
+    gamma, beta, _, mean, inv_std, *_ = norm
+    return R.relu(gamma * inv_std * (x - mean) + beta)
+
+
+def _want_by_y(dz, gradient):
+    """The gradient by the batch norm's input."""
+    if gradient is None:
+        return dz
+    y, gamma, mean, inv_std, rows, dgamma, dbeta = gradient
+    if rows is not None:
+        sums = rows.reshape(-1, 2, len(gamma)).sum(0)
+        dbeta, dgamma = sums[0], sums[1] * inv_std
+    count = dz.size // dz.shape[3]
+    return gamma * inv_std * (dz - dbeta / count - (y - mean) * inv_std * dgamma / count)
+
+
+def _want_fused_input(dx, rows, dz, w, gradient, shortcut, output, before, stride):
+    dx = R.conv2d_backward_input(_want_by_y(dz, gradient), w, dx.shape, (int(stride),) * 2, (1, 1))
+    dx = dx if shortcut is None else dx + shortcut[0]
+    if output is None and before is not None:
+        y, gamma, beta, mean, inv_std = before
+        output = gamma * inv_std * (y - mean) + beta
+    return [dx if output is None else R.relu_backward(dx, output)]
+
+
+def _want_fused_weight(dw, slabs, dz, x, gradient, norm, stride):
+    x, dy = _want_normed(x, norm), _want_by_y(dz, gradient)
+    return [R.conv2d_backward_weight(dy, x, dw.shape, (int(stride),) * 2, (1, 1))]
+
+
+def _raw_block(d):
+    shape = (*(d.integer(1, 5) for _ in range(3)), d.pick((16, 32, 64)))
+    stride = d.pick((1, 2))
+    around = shape[0], *((n - 1) * stride + 1 for n in shape[1:3]), shape[3]
+    shortcut = d.pick((None, (d.array(*around), stride, 0)))
+    return {"y": d.out(*shape), "x": d.array(*shape), "norm": _raw_statistics(d, shape[3]), "shortcut": shortcut,
+            "shortcut_norm": None if shortcut is None or d.chance(0.5) else _raw_statistics(d, shape[3])}  # fmt: skip
+
+
+def _want_block(y, x, norm, shortcut, shortcut_norm):
+    def normed(x, norm):
+        gamma, beta, _, mean, inv_std, *_ = norm
+        return gamma * inv_std * (x - mean) + beta
+
+    y = normed(x, norm)
+    if shortcut is not None:
+        x, stride, before = shortcut
+        x = x[:, :: int(stride), :: int(stride)]
+        x = x if shortcut_norm is None else normed(x, shortcut_norm)
+        for c in range(x.shape[3]):
+            if c + before < y.shape[3]:
+                y[..., c + before] += x[..., c]
+    return [R.relu(y)]
+
+
+def _raw_block_backward(d):
+    shape = (*(d.integer(1, 5) for _ in range(3)), d.pick((16, 32, 64)))
+    arrays = {name: d.array(*shape) for name in ("dy", "output", "y")}
+    M, C = math.prod(shape[:3]), shape[3]
+    rows = d.out(FUSED.block_output_rows(d.dtype, M, C) * 2 * C) if FUSED else None
+    return {"dz": d.out(*shape), "rows": rows, **arrays, "mean": d.array(C)}
 
 
 def _raw_conv_weight(d):
@@ -657,6 +778,36 @@ RAW = {
         "dw",
         _raw_conv_weight,
         lambda dw, dy, x, s, p, algorithm: [R.conv2d_backward_weight(dy, x, dw.shape, _ints(s), _ints(p))],
+    ),
+    "conv3x3_rows": _raw(
+        "",
+        lambda d: {
+            "dtype": d.pick(("f4", "f8")),
+            "x": (2, 5, 5, 16),
+            "filters": d.pick((16, 17)),
+            "stride": 1,
+            "backward": d.chance(0.5),
+        },
+        lambda *_: [],
+    ),
+    "conv3x3_slabs": _raw("", lambda d: {"dtype": "f4", "x": (2, 5, 5, 16), "filters": 16, "stride": 2}, lambda *_: []),
+    "block_output_rows": _raw("", lambda d: {"dtype": "f4", "M": d.integer(1, 99), "C": 16}, lambda *_: []),
+    "conv3x3_forward": _raw(
+        "y",
+        _raw_fused("y", "rows", "x", "w", "norm", "stride"),
+        lambda y, rows, x, w, norm, stride: [R.conv2d_forward(_want_normed(x, norm), w, (int(stride),) * 2, (1, 1))],
+    ),
+    "conv3x3_backward_input": _raw(
+        "dx",
+        _raw_fused("dx", "rows", "dz", "w", "gradient", "shortcut", "output", "before", "stride"),
+        _want_fused_input,
+    ),
+    "conv3x3_backward_weight": _raw(
+        "dw", _raw_fused("dw", "slabs", "dz", "x", "gradient", "norm", "stride"), _want_fused_weight
+    ),
+    "block_output": _raw("y", _raw_block, _want_block),
+    "block_output_backward": _raw(
+        "dz", _raw_block_backward, lambda dz, rows, dy, output, y, mean: [R.relu_backward(dy, output)]
     ),
     "batch_norm_forward": _raw("y mean inv_std running_mean running_var", _raw_norm, _want_norm),
     "batch_norm_backward": _raw("dx dresidual dgamma dbeta", _raw_norm_backward, _want_norm_backward),

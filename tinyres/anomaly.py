@@ -14,6 +14,7 @@ import numpy as np
 
 from tinyres.autograd import Function, Tensor, observed
 from tinyres.backend import Array, Device
+from tinyres.backend.norm import Norm
 from tinyres.dtypes import is_bfloat16
 from tinyres.errors import GraphError, NonFiniteError, fail
 from tinyres.nn import Module
@@ -131,6 +132,8 @@ def _arrays(device: Device, name: str, value: Any) -> Iterator[tuple[str, Array]
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from _arrays(device, f"{name}.{key}" if name else str(key), item)
+    elif isinstance(value, Norm):
+        yield from _arrays(device, name, value.kept())
 
 
 def _not_finite(device: Device, array: Array) -> str:

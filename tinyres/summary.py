@@ -243,7 +243,10 @@ def _aside(model: Module, extension: _Extension) -> Iterator[Device]:
     afterwards everything is as it was."""
     home, draws = home_of(model), random.state()
     # What convolutions the device has decides which one is asked for; the reference asks for none.
-    extension.conv_algorithms = home.kernels.extension.conv_algorithms if isinstance(home.kernels, Adapter) else CONV
+    own = home.kernels.extension if isinstance(home.kernels, Adapter) else None
+    extension.conv_algorithms = own.conv_algorithms if own else CONV
+    for name in ("conv3x3_rows", "block_output_rows"):  # which say what is fused, and what it leaves
+        setattr(extension, name, getattr(own, name, None))
     kernels = Adapter(home.name, np, extension, memory.empty, getattr(home.kernels, "overwrites", False))
     device = Device(home.name, kernels, np)
     leaves = [(p, p._data, p.device, p.grad, p._hooks) for p in model.parameters()]

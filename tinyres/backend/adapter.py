@@ -9,6 +9,8 @@ import math
 import numpy as np
 
 from tinyres.backend import compose
+from tinyres.backend import norm as norms
+from tinyres.backend.norm import Gradient, Norm
 from tinyres.backend.reference import output_size
 from tinyres.dtypes import wide
 from tinyres.errors import ArgumentError, fail
@@ -275,6 +277,130 @@ class Adapter:
         return dw
 
     conv2d_backward = compose.conv2d_backward  # one kernel for both would save a reading of dy, and next to no time
+
+    # residual blocks: batch norm in the convolutions around it, where conv3x3.cu has them ---------------------------
+
+    def _conv3x3_rows(self, x, w_shape, stride, padding, backward=False):
+        """The rows of sums that a fused kernel leaves of its result; 0 where it may not, or cannot, take its place."""
+        rounds = x.dtype == np.float32 and options().precision != "tf32"
+        if rounds or options().conv != "auto" or not getattr(self.extension, "conv3x3_rows", None):
+            return 0
+        if w_shape[:2] != (3, 3) or padding != (1, 1) or stride[0] != stride[1]:
+            return 0
+        return self.extension.conv3x3_rows(x.dtype, x.shape, w_shape[3], stride[0], backward)
+
+    def _packed(self, x):
+        """x, dense and where its elements can be moved 16 bytes at once."""
+        x = self.contiguous(x)
+        address = x.__array_interface__["data"][0] if self.xp is np else x.data.ptr
+        if address % 16 == 0:
+            return x
+        y = self._like(x)
+        self.extension.copy(y, x)
+        return y
+
+    def _batch_norm(self, norm):
+        """A Norm as kernels take it: the first of them works out the statistics from the rows."""
+        rows, running_mean, running_var = norm.rows, norm.running_mean, norm.running_var
+        if norm.mean is None:
+            norm.mean, norm.inv_std = self._like(norm.gamma), self._like(norm.gamma)
+        else:
+            rows = running_mean = running_var = None
+        gamma, beta = self.contiguous(norm.gamma), self.contiguous(norm.beta)
+        return gamma, beta, rows, norm.mean, norm.inv_std, running_mean, running_var, norm.momentum, norm.eps
+
+    def _input(self, x):
+        """What a convolution loads, and the batch norm that it applies to that, or None."""
+        if isinstance(x, Norm) and x.activation is None and x.rows is not None:
+            return x.x, self._batch_norm(x)
+        return self._packed(norms.activation(self, x)), None
+
+    def _gradient(self, gradient):
+        """A Gradient likewise: dz and what makes dx of it, or dx and None."""
+        if gradient.dx is not None or gradient.rows is None:
+            return self._packed(gradient.by_x(self)), None
+        norm, rows = gradient.norm, gradient.rows
+        if gradient.dgamma is None:
+            gradient.dgamma, gradient.dbeta = self._like(norm.gamma), self._like(norm.gamma)
+        else:
+            rows = None
+        gamma = self.contiguous(norm.gamma)
+        return gradient.dz, (norm.x, gamma, norm.mean, norm.inv_std, rows, gradient.dgamma, gradient.dbeta)
+
+    def _whole_packs(self, x, before):
+        """Whether option A moves whole packs of 16 bytes."""
+        return not (before * x.itemsize % 16 or x.shape[3] * x.itemsize % 16)
+
+    def normed_conv2d_forward(self, x, w, stride, padding):
+        source = norms.raw(x)
+        count = self._conv3x3_rows(source, w.shape, stride, padding)
+        if not count:
+            return compose.normed_conv2d_forward(self, x, w, stride, padding)
+        y = self._conv2d_output(source, w, stride, padding)
+        rows = self.empty((count * (2 * w.shape[3] + 1),), wide(y.dtype))
+        x, norm = self._input(x)
+        self.extension.conv3x3_forward(y, rows, x, self._packed(w), norm, stride[0])
+        return y, rows
+
+    def normed_conv2d_backward_input(self, gradient, w, x, stride, padding, around=None):
+        source = norms.raw(x)
+        count = self._conv3x3_rows(source, w.shape, stride, padding, True)
+        if not count:
+            return compose.normed_conv2d_backward_input(self, gradient, w, x, stride, padding, around)
+        if around:
+            dy, *place = around
+            if not self._whole_packs(dy, place[1]):
+                dy, place = norms.shortcut_backward(self, dy, *place, source.shape), (1, 0)
+            around = self._packed(dy), *place
+        dx, (dz, made) = self._like(source), self._gradient(gradient)
+        rows = output = mask = None
+        if isinstance(x, Norm) and x.rows is not None:
+            rows = self.empty((count * 2 * source.shape[3],), wide(dx.dtype))
+            output, mask = x.activation, (x.x, self.contiguous(x.gamma), self.contiguous(x.beta), x.mean, x.inv_std)
+        arguments = dx, rows, dz, self._packed(w), made, around, output, mask, stride[0]
+        self.extension.conv3x3_backward_input(*arguments)
+        if rows is not None:
+            return Gradient(x, dx, rows)
+        return compose.block_output_backward(self, dx, x, overwrite=True) if isinstance(x, Norm) else dx
+
+    def normed_conv2d_backward_weight(self, gradient, x, w_shape, stride, padding, parts=False):
+        source = norms.raw(x)
+        if not self._conv3x3_rows(source, w_shape, stride, padding, True):
+            return compose.normed_conv2d_backward_weight(self, gradient, x, w_shape, stride, padding, parts)
+        (dz, made), (x, norm) = self._gradient(gradient), self._input(x)
+        shape = w_shape
+        if parts:
+            shape = self.extension.conv3x3_slabs(dz.dtype, x.shape, w_shape[3], stride[0]), *w_shape
+        dw = self.empty(shape, wide(dz.dtype))
+        whole, slabs = (None, dw) if parts else (dw, None)
+        self.extension.conv3x3_backward_weight(whole, slabs, dz, x, made, norm, stride[0])
+        return dw
+
+    def block_output(self, norm, shortcut=None, stride=1, before=0):
+        if norm.rows is None:
+            return compose.block_output(self, norm, shortcut, stride, before)
+        norm.joined, shortcut_norm = shortcut is not None, None
+        if isinstance(shortcut, Norm):
+            if shortcut.rows is None:
+                shortcut = shortcut.normalise(self)
+            else:
+                shortcut, shortcut_norm = shortcut.x, self._batch_norm(shortcut)
+        elif norm.joined and not self._whole_packs(shortcut, before):
+            shortcut, stride, before = norms.shortcut(self, shortcut, stride, before, norm.x.shape[3]), 1, 0
+        y = self._like(norm.x)
+        around = (self._packed(shortcut), stride, before) if norm.joined else None
+        self.extension.block_output(y, norm.x, self._batch_norm(norm), around, shortcut_norm)
+        norm.activation = y
+        return y
+
+    def block_output_backward(self, dy, norm, overwrite=False):
+        if norm.rows is None:
+            return compose.block_output_backward(self, dy, norm, overwrite)
+        dz, x = self._like(norm.x), norm.x
+        count = self.extension.block_output_rows(x.dtype, x.size // x.shape[3], x.shape[3])
+        rows = self.empty((count * 2 * x.shape[3],), wide(x.dtype))
+        self.extension.block_output_backward(dz, rows, self._packed(dy), norm.activation, x, norm.mean)
+        return Gradient(norm, dz, rows)
 
     # batch norm: plain, +ReLU and +add+ReLU are one kernel with two switches ----------------------------------------
 

@@ -3,6 +3,8 @@
 They state what a fused kernel means, and are what the tests hold it to. `self` is the device's kernel table.
 """
 
+from tinyres.backend import norm as norms
+
 
 def conv2d_backward(self, dy, x, w, stride, padding, total=None):
     dy = self.contiguous(dy)
@@ -48,3 +50,44 @@ def batch_norm_add_relu_backward(self, dy, x, y, gamma, mean, inv_std, overwrite
 
 def batch_norm_add_relu_inference(self, x, residual, gamma, beta, mean, var, eps):
     return self.add_relu(self.batch_norm_inference(x, gamma, beta, mean, var, eps), residual)
+
+
+def normed_conv2d_forward(self, x, w, stride, padding):
+    return self.conv2d_forward(norms.activation(self, x), w, stride, padding), None
+
+
+def normed_conv2d_backward_input(self, gradient, w, x, stride, padding, around=None):
+    shape = norms.raw(x).shape
+    total = norms.shortcut_backward(self, *around, shape) if around else None
+    dx = self.conv2d_backward_input(gradient.by_x(self), w, shape, stride, padding, total)
+    return self.block_output_backward(dx, x, overwrite=True) if isinstance(x, norms.Norm) else dx
+
+
+def normed_conv2d_backward_weight(self, gradient, x, w_shape, stride, padding, parts=False):
+    dw = self.conv2d_backward_weight(gradient.by_x(self), norms.activation(self, x), w_shape, stride, padding)
+    return dw[None] if parts else dw
+
+
+def block_output(self, norm, shortcut=None, stride=1, before=0):
+    norm.joined = shortcut is not None
+    if isinstance(shortcut, norms.Norm):
+        shortcut = shortcut.normalise(self)
+    elif shortcut is not None:
+        shortcut = norms.shortcut(self, shortcut, stride, before, norm.x.shape[3])
+    if norm.joined:
+        result = self.batch_norm_add_relu_forward(norm.x, shortcut, *norm.parameters())
+    else:
+        result = self.batch_norm_relu_forward(norm.x, *norm.parameters())
+    norm.activation, norm.mean, norm.inv_std = result
+    return norm.activation
+
+
+def block_output_backward(self, dy, norm, overwrite=False):
+    x, gamma, statistics = norm.x, norm.gamma, (norm.mean, norm.inv_std)
+    if norm.joined:
+        kernel = self.batch_norm_add_relu_backward
+        dx, dz, *parameters = kernel(dy, x, norm.activation, gamma, *statistics, overwrite=overwrite)
+    else:
+        dz = None
+        dx, *parameters = self.batch_norm_relu_backward(dy, x, gamma, norm.beta, *statistics, overwrite=overwrite)
+    return norms.Gradient(norm, dz, None, dx, *parameters)

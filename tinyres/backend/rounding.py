@@ -10,7 +10,7 @@ from tinyres.dtypes import is_bfloat16, wide
 
 def once(name, kernel):
     """The kernel `name`, which on bfloat16 arrays computes in float64 and rounds each result once."""
-    if name in ("cast", "sgd"):  # which is told what to round to; and which has no bfloat16, as weights have none
+    if name in ("cast", "sgd", *spec.NORMED):  # told what to round to; without bfloat16, as weights have none; composed
         return kernel
 
     @functools.wraps(kernel)

@@ -96,7 +96,23 @@ FUSED = {
     "batch_norm_add_relu_backward": "(dy, x, y, gamma, mean, inv_std, overwrite=False) -> dx, dresidual, dgamma, "
     "dbeta; dresidual may lie over dy if overwrite",
     "batch_norm_add_relu_inference": "(x, residual, gamma, beta, mean, var, eps) -> y",
+    # residual blocks. x may be a Norm (norm.py), whose activation is meant; Norms and Gradients are completed in place
+    "normed_conv2d_forward": "(x, w, stride, padding) -> y, rows: conv2d_forward, and partial sums of y for its Norm, "
+    "or None",
+    "normed_conv2d_backward_input": "(gradient, w, x, stride, padding, around=None) -> Gradient of x, or dx where x "
+    "is an array, from the Gradient of y; around is (dy, stride, before), what came along a shortcut from x that "
+    "block_output took with these, and may be added to",
+    "normed_conv2d_backward_weight": "(gradient, x, w_shape, stride, padding, parts=False) -> dw; or (parts, R, S, C, "
+    "K), of which it is the sum over the first axis",
+    "block_output": "(norm, shortcut=None, stride=1, before=0) -> norm's activation, to which shortcut is added before "
+    "the ReLU: a Norm, without a ReLU of its own; or an array, of it every stride-th pixel, with `before` channels of "
+    "zeros before its own and others behind",
+    "block_output_backward": "(dy, norm, overwrite=False) -> Gradient of norm, from the gradient by its activation; dz "
+    "may lie over dy if overwrite",
 }
+
+# Those that take Norms, and compose kernels that round by themselves.
+NORMED = tuple(name for name in FUSED if name.startswith(("normed", "block")))
 
 # By kernel, the positions of the results that are float32 beside bfloat16 arguments; all others are bfloat16.
 WIDE = {

@@ -1,15 +1,9 @@
 """Layers and networks."""
 
 from tinyres.nn import init
-from tinyres.nn.fuse import (
-    BatchNormAddReLU2d,
-    BatchNormReLU2d,
-    Conv2dAddReLU,
-    Conv2dReLU,
-    FusedResidual,
-    fold_batch_norm,
-    fuse,
-)
+from tinyres.nn.fuse import fold_batch_norm, fuse
+from tinyres.nn.fuse_blocks import FusedSequential
+from tinyres.nn.fused import BatchNormAddReLU2d, BatchNormReLU2d, Conv2dAddReLU, Conv2dReLU, FusedResidual
 from tinyres.nn.layers import (
     AvgPool2d,
     BatchNorm2d,
@@ -27,7 +21,7 @@ from tinyres.nn.residual import ConstantScale, Gate, Residual, ZeroPadShortcut, 
 
 __all__ = [
     "AvgPool2d", "BatchNorm2d", "BatchNormAddReLU2d", "BatchNormReLU2d", "ConstantScale", "Conv2d", "Conv2dAddReLU",
-    "Conv2dReLU", "Dropout", "Flatten", "FusedResidual", "Gate", "GlobalAvgPool2d", "Identity", "Linear", "MaxPool2d",
-    "Module", "Parameter", "ReLU", "Residual", "Sequential", "ZeroPadShortcut", "fold_batch_norm", "fuse", "init",
-    "shortcut",
+    "Conv2dReLU", "Dropout", "Flatten", "FusedResidual", "FusedSequential", "Gate", "GlobalAvgPool2d", "Identity",
+    "Linear", "MaxPool2d", "Module", "Parameter", "ReLU", "Residual", "Sequential", "ZeroPadShortcut",
+    "fold_batch_norm", "fuse", "init", "shortcut",
 ]  # fmt: skip

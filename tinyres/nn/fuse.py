@@ -1,10 +1,12 @@
 """Fusion: batch norm with what follows it, and the join of a residual unit, as one pass over memory each; and, for
 inference, batch norm into the convolution before it.
 
-`fuse(model)` returns a model in which these patterns are replaced by the layers below; `print` shows them:
+`fuse(model)` returns a model in which these patterns are replaced by the layers of fused.py; `print` shows them:
     BatchNorm2d, ReLU in a Sequential                        -> BatchNormReLU2d
     a Residual whose branch ends in BatchNorm2d, then ReLU   -> FusedResidual ending in BatchNormAddReLU2d
     any other Residual that adds, then ReLU                  -> FusedResidual joined by AddReLU
+and with level="block" this one too, in training (fuse_blocks.py):
+    FusedResiduals of convolutions and batch norms, in a row -> one op, in a FusedSequential
 `fold_batch_norm(model)` goes further, for a model that is trained no more. In evaluation batch norm is
     y = s (x - mean) + beta,  s = gamma / sqrt(var + eps), of constants: so conv(x, w) + b in the place of x makes
     y = conv(x, s w) + (s (b - mean) + beta), a convolution with other weights and a bias:
@@ -19,88 +21,42 @@ from __future__ import annotations
 
 import itertools
 
-from tinyres import ops
-from tinyres.autograd import Tensor
 from tinyres.errors import DtypeError, expect
+from tinyres.nn.fuse_blocks import FusedSequential, holds_blocks
+from tinyres.nn.fused import BatchNormAddReLU2d, BatchNormReLU2d, Conv2dAddReLU, Conv2dReLU, FusedResidual
 from tinyres.nn.layers import BatchNorm2d, Conv2d, Identity, ReLU
 from tinyres.nn.module import Module, Parameter, Sequential
 from tinyres.nn.residual import Residual
 from tinyres.ops import checks
 
 
-class BatchNormReLU2d(BatchNorm2d):
-    """relu(batch_norm(x)) in one pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._normalise(ops.batch_norm_relu, x)
-
-
-class BatchNormAddReLU2d(BatchNorm2d):
-    """relu(batch_norm(x) + residual) in one pass; called with (x, residual)."""
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]  # a second input
-        checks.mixed("BatchNormAddReLU2d", x=x, residual=residual)
-        if x.shape != residual.shape:  # an addition that broadcasts has no fused kernel
-            return ops.relu(self._normalise(ops.batch_norm, x) + residual)
-        return self._normalise(ops.batch_norm_add_relu, x, residual)
-
-
-class Conv2dReLU(Conv2d):
-    """relu(conv2d(x)) in one call; always with a bias."""
-
-    bias: Parameter
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.conv2d_relu(x, self.weight, self.bias, self.stride, self.padding)
-
-
-class Conv2dAddReLU(Conv2d):
-    """relu(conv2d(x) + residual) in one call, with (x, residual); always with a bias."""
-
-    bias: Parameter
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]  # a second input
-        return ops.conv2d_add_relu(x, residual, self.weight, self.bias, self.stride, self.padding)
-
-
-class FusedResidual(Residual):
-    """A Residual whose join, activation and, where there is one, last batch norm or folded convolution are one pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.pre is not None:
-            x = self.pre(x)
-        *branch, last = self.branch
-        h = x
-        for module in branch:
-            h = module(h)
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        if isinstance(last, (BatchNormAddReLU2d, Conv2dAddReLU)):
-            return last(h, shortcut)
-        y = last(h)
-        return ops.add_relu(y, shortcut) if y.shape == shortcut.shape else ops.relu(y + shortcut)
-
-
-def fuse(model: Module) -> Module:
+def fuse(model: Module, level: str = "layer") -> Module:
     """`model` with the patterns above fused: a new tree of modules over the same parameters and buffers.
 
-    Training either trains both, and `state_dict` has the same names. Raises DtypeError unless given a Module.
+    level  "layer", or "block": residual blocks too
+    Training either trains both, and `state_dict` has the same names. Raises DtypeError unless given a Module,
+    ArgumentError for another level.
     """
     expect(isinstance(model, Module), "fuse", "needs a Module", DtypeError, model=type(model).__name__)
+    checks.choice("fuse", "level", level, ("layer", "block"))
     joins = type(model) is Residual and model.join is None and _plain(model.activation, ReLU)
     joins = joins and _plain(model.branch, Sequential)
-    fused = _share(model, FusedResidual if joins else type(model))
+    unfused = Sequential if type(model) is FusedSequential else type(model)
+    fused = _share(model, FusedResidual if joins else unfused)
     for name, child in model.children():
-        fused._modules[name] = fuse(child)
+        fused._modules[name] = fuse(child, level)
     if joins:
         fused.activation = None
         name, last = list(model.branch.children())[-1]
         if _plain(last, BatchNorm2d):
             fused.branch._modules[name] = _share(last, BatchNormAddReLU2d)
-    elif type(model) is Sequential:
+    elif type(fused) is Sequential:
         for (name, first), (next_name, second) in itertools.pairwise(model.children()):
             if _plain(first, BatchNorm2d) and _plain(second, ReLU):
                 fused._modules[name] = _share(first, BatchNormReLU2d)
                 fused._modules[next_name] = Identity()
+        if level == "block" and holds_blocks(fused):
+            fused = _share(fused, FusedSequential)
     return fused
 
 
