@@ -10,6 +10,10 @@
 
 #include "gil.h"
 
+#ifdef TINYRES_TRAFFIC
+#include "cuda/compat/host/traffic.h"
+#endif
+
 #ifdef TINYRES_EMULATED
 #define TINYRES_MODULE _emulated
 #include "cuda/compat/cuda.h"
@@ -179,5 +183,26 @@ PYBIND11_MODULE(TINYRES_MODULE, module) {
     if (!captured) throw py::value_error("this thread does not capture");
     return std::unique_ptr<Graph>(std::exchange(captured, nullptr));
   });
+#endif
+#ifdef TINYRES_TRAFFIC
+  namespace traffic = emulation::traffic;
+  module.def(
+      "mark",
+      [](std::uintptr_t at, std::size_t bytes, bool marked) {
+        traffic::mark(reinterpret_cast<void*>(at), bytes, marked);
+      },
+      "Count the array at this address apart from now on, or no longer");
+  module.def(
+      "take_launches",
+      [] {
+        const auto sizes = [](dim3 d) { return py::make_tuple(d.x, d.y, d.z); };
+        const auto counts = [](const traffic::Bytes& b) { return py::make_tuple(b.asked, b.marked, b.others); };
+        py::list launches;
+        for (const traffic::Launch& l : traffic::take())
+          launches.append(
+              py::make_tuple(l.op, l.kernel, sizes(l.grid), sizes(l.block), counts(l.read), counts(l.written)));
+        return launches;
+      },
+      "Since the last call: (op, kernel's offset, grid, block, read, written), bytes as (asked, marked, others)");
 #endif
 }

@@ -6,7 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(TINYRES_TRAFFIC)  // has ThreadSanitizer's instrumentation for itself (traffic.h)
+#elif defined(__SANITIZE_ADDRESS__)
 #define TINYRES_ASAN 1
 #elif defined(__SANITIZE_THREAD__)
 #define TINYRES_TSAN 1

@@ -26,6 +26,8 @@
 extern "C" void __tsan_read_range(void* p, unsigned long bytes);
 extern "C" void __tsan_write_range(void* p, unsigned long bytes);
 #define NO_TSAN __attribute__((no_sanitize("thread")))
+#elif defined(TINYRES_TRAFFIC)
+#define NO_TSAN __attribute__((no_sanitize("thread")))  // nor is it a kernel's traffic
 #else
 #define NO_TSAN
 #endif
@@ -60,14 +62,14 @@ struct Fiber {
 #endif
 };
 
-#if defined(TINYRES_ASAN) || defined(TINYRES_TSAN)
+#if defined(TINYRES_ASAN) || defined(TINYRES_TSAN) || defined(TINYRES_TRAFFIC)
 constexpr std::size_t STACK_BYTES = 256 << 10;
 #else
 constexpr std::size_t STACK_BYTES = 64 << 10;
 #endif
 
 // Address space only, until touched; an overflow runs into a page without access.
-inline void map_stack(Fiber& fiber) {
+NO_TSAN inline void map_stack(Fiber& fiber) {
   const std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
   void* memory = mmap(nullptr, STACK_BYTES + page, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
@@ -92,7 +94,7 @@ inline void unmap_stack(Fiber& fiber) {
 
 // The next change to this fibre calls entry, which must not return; whatever the stack held is given up. Equally
 // aligned stacks would fight for the same sets of the cache: `number` staggers them.
-inline void start_at(Fiber& fiber, void (*entry)(), int number) {
+NO_TSAN inline void start_at(Fiber& fiber, void (*entry)(), int number) {
   const std::size_t stagger = std::size_t(number) * 320 % 4096;
 #ifdef TINYRES_ASAN
   ASAN_UNPOISON_MEMORY_REGION(fiber.stack, fiber.bytes);

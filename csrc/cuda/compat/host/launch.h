@@ -9,6 +9,9 @@
 #include <vector>
 
 #include "scheduler.h"
+#ifdef TINYRES_TRAFFIC
+#include "traffic.h"
+#endif
 
 namespace tinyres {
 namespace emulation {
@@ -116,6 +119,9 @@ void launch(const char* op, void (*kernel)(Params...), dim3 grid, dim3 block, st
     std::tuple<Params...> args;
   } call{kernel, std::tuple<Params...>(static_cast<Params>(args)...)};
   auto run = [=]() mutable {
+#ifdef TINYRES_TRAFFIC
+    const emulation::traffic::Counting counting(op, reinterpret_cast<const void*>(kernel), grid, block);
+#endif
     emulation::run_grid(
         op, grid, block, smem_bytes,
         [](void* call) { std::apply(static_cast<Call*>(call)->kernel, static_cast<Call*>(call)->args); }, &call);
