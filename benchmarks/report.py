@@ -235,6 +235,27 @@ def input_pipeline(result):
     return f"{title}\n\n{table(['', 'processes', 'images/s, median (20 to 80 %)', 'of the plain loop'], rows)}"
 
 
+def traffic(result):
+    kinds = [(kind, side) for kind in ("activations", "others", "asked") for side in ("read", "written")]
+    rows = [
+        [row["kernel"], row["op"], str(row["launches"]), *(f"{row[side][kind] / 1e6:,.3f}" for kind, side in kinds)]
+        for row in result["rows"]
+    ]
+    total = result["rows"][-1]
+    activations, others = (total["read"][kind] + total["written"][kind] for kind in ("activations", "others"))
+    sums = [[f"least, level ({level})", least] for level, least in result["floors"].items()]
+    sums = [["activations", activations], *sums, ["others", others], ["others: the optimizer's", result["optimizer"]]]
+    of_sums = [
+        [name, f"{count / 1e6:,.1f}", f"{activations / count:.2f}" if "(" in name else ""] for name, count in sums
+    ]
+    head = ["kernel", "op", "launches", *(f"{kind} {side}" for kind, side in kinds)]
+    chosen = f"{result['precision']}, fuse: {result['fuse']}, conv: {result['conv']}"
+    return (
+        f"{network(result)}, a training step of {result['batch']} images, {chosen}; MB of global memory:\n\n"
+        f"{table(head, rows)}\n\n{table(['of a step', 'MB', 'activations, times'], of_sums)}"
+    )
+
+
 def soak(result):
     names = {"step": "step", "resident_mib": "resident, MiB", "pool_mib": "allocator, MiB", "files": "files",
              "threads": "threads", "objects": "Python's objects"}  # fmt: skip
@@ -293,6 +314,13 @@ def headline_kernels(result):
     return text
 
 
+def headline_traffic(result):
+    moved = sum(result["rows"][-1][side]["activations"] for side in ("read", "written"))
+    levels = ", ".join(f"{moved / least:.2f}x level ({level})" for level, least in result["floors"].items())
+    launches = result["rows"][-1]["launches"]
+    return f"{network(result)}, {launches} launches, {moved / 1e6:,.0f} MB of activations: {levels}"
+
+
 def headline_limits(result):
     found = result["limits"]
     text = f"{found['fma_gflops']:,} GFLOP/s, copy {found['copy_gbs']:,} GB/s"
@@ -341,6 +369,7 @@ def headline_mutation(result):
 
 
 TABLES = {
+    "traffic": traffic,
     "input_pipeline": input_pipeline,
     "op_cost": op_cost,
     "soak": soak,
@@ -353,6 +382,7 @@ TABLES = {
     "winograd_error": winograd_error,
 }
 HEADLINES = {
+    "traffic": headline_traffic,
     "input_pipeline": headline_input_pipeline,
     "op_cost": headline_op_cost,
     "soak": headline_soak,

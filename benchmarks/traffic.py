@@ -45,6 +45,7 @@ from pathlib import Path
 import numpy as np
 
 import harness
+import report
 
 LEVELS = ("a", "b", "c")
 
@@ -162,29 +163,6 @@ def rows_of(launches, names):
     return list(found.values())
 
 
-# what is printed ------------------------------------------------------------------------------------------------------
-
-
-def table(result):
-    """The result as lines of text, in millions of bytes."""
-    line = "{:<34} {:<26} {:>8} {:>11} {:>11} {:>11} {:>11} {:>11} {:>11}"
-    lines = [
-        line.format("MB", "", "", "activations", "", "others", "", "asked", ""),
-        line.format("kernel", "op", "launches", *("read", "written") * 3),
-    ]
-    for row in result["rows"]:
-        counts = [row[side][kind] / 1e6 for kind in ("activations", "others", "asked") for side in ("read", "written")]
-        lines.append(line.format(row["kernel"], row["op"], row["launches"], *(f"{count:.3f}" for count in counts)))
-    total = result["rows"][-1]
-    activations, others = (total["read"][kind] + total["written"][kind] for kind in ("activations", "others"))
-    at_128 = 128 / result["batch"] / 1e6
-    lines += ["", f"activations, {activations / 1e6:.1f} MB, or {activations * at_128:.0f} MB at a batch of 128:"]
-    for level, least in result["floors"].items():
-        lines.append(f"    {activations / least:.2f} times level ({level}), which at 128 is {least * at_128:.0f} MB")
-    lines.append(f"others, {others / 1e6:.1f} MB, of which the optimizer's {result['optimizer'] / 1e6:.1f} MB")
-    return lines
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depth", type=int, default=20, help="of cifar_resnet")
@@ -215,7 +193,7 @@ def main():
         for op, kernel, grid, block, read, written in launches:
             print(f"{names[kernel]:<34} {op:<26} {grid} {block} read {read} written {written}")
         print("(asked, activations, others)\n")
-    print("\n".join(table(result)))
+    print(report.traffic(result))
     if args.json:
         harness.write_json(args.json, result)
 

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import report  # noqa: E402
 import traffic  # noqa: E402
 
 
@@ -57,7 +58,7 @@ def test_the_least_that_a_step_moves():
         assert traffic.floors(20, 8, 4)[level] == traffic.floors(20, 128, 2)[level] / 8
 
 
-def test_rows_and_table():
+def test_rows_and_report():
     launches = [
         ("conv2d_forward", 16, (2, 1, 1), (256, 1, 1), (400, 64, 32), (128, 128, 0)),
         ("sgd", 32, (1, 1, 1), (256, 1, 1), (10, 0, 32), (5, 0, 32)),
@@ -71,6 +72,9 @@ def test_rows_and_table():
     ]
     assert rows[0]["read"] == {"asked": 1000, "activations": 160, "others": 64}
     assert rows[2]["written"] == {"asked": 261, "activations": 192, "others": 96}
-    lines = traffic.table({"rows": rows, "batch": 64, "floors": {"a": 176, "b": 352, "c": 704}, "optimizer": 20})
-    assert [line.split()[0] for line in lines[2:5]] == ["convolve", "update", "total"]
-    assert lines[-4].split()[0] == "2.00" and lines[-3].split()[0] == "1.00" and lines[-2].split()[0] == "0.50"
+    chosen = {"depth": 20, "batch": 64, "precision": "bfloat16", "fuse": "layer", "conv": "auto"}
+    result = {**chosen, "rows": rows, "floors": {"a": 176, "b": 352, "c": 704}, "optimizer": 20}
+    text = report.traffic(result)
+    assert "| convolve | conv2d_forward | 2 | 0.000 |" in text
+    assert all(f"({level}) | 0.0 | {times} |" in text for level, times in (("a", "2.00"), ("b", "1.00"), ("c", "0.50")))
+    assert "3 launches, 0 MB of activations: 2.00x level (a), 1.00x level (b)" in report.headline_traffic(result)
