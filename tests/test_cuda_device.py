@@ -314,14 +314,14 @@ def test_batches_are_those_of_the_cpu(gpu, augment, shuffle):
 
 
 @pytest.mark.parametrize("precision", PRECISION)
-@pytest.mark.parametrize("fused", (False, True))
+@pytest.mark.parametrize("fused", (None, "layer", "block"))
 def test_an_epoch_does_not_wait(gpu, fused, precision):
     """Batch, forward, loss, backward, update and metrics: nothing is read until the figures are wanted."""
     backend.use("cuda")
     tinyres.options(precision=precision)
     loader = data.Loader(*pictures(12), 2, augment=True, shuffle=True, device="cuda")
     model = models.cifar_resnet(8, shortcut="B")
-    model = tinyres.fuse(model) if fused else model
+    model = tinyres.fuse(model, fused) if fused else model
     optimizer = optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4, nesterov=True)
     running = train.Running()
     fake_cupy.reset()
