@@ -17,12 +17,17 @@ NETWORKS = {
     "bottlenecks": {"depth": 11, "block": "bottleneck"},
     "one convolution": {"depth": 5, "block": "single"},
     "odd channels": {"depth": 8, "filters": 3},
+    "pre-activation": {"depth": 8, "unit": "full_preactivation"},
+    "pre-activation, option B": {"depth": 8, "unit": "full_preactivation", "shortcut": "B"},
+    "pre-activation, bottlenecks": {"depth": 11, "unit": "full_preactivation", "block": "bottleneck"},
 }
 OTHERS = {
     "plain": {"depth": 8, "plain": True},
     "a skip of another kind": {"depth": 8, "skip": "constant"},
     "another join": {"depth": 8, "skip": "exclusive_gate"},
     "BN after the addition": {"depth": 8, "unit": "bn_after_add"},
+    "ReLU before the addition": {"depth": 8, "unit": "relu_before_add"},
+    "ReLU alone first": {"depth": 8, "unit": "relu_preactivation"},
 }
 
 
@@ -53,10 +58,11 @@ def test_equals_plain(name, training, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ("float32", "tf32", "bfloat16"))
-def test_precisions(precision, device):
+@pytest.mark.parametrize("unit", ("original", "full_preactivation"))
+def test_precisions(unit, precision, device):
     """The step is that of the plain network, as far as the precision tells."""
     tinyres.backend.use(device)
-    model = models.cifar_resnet(8)
+    model = models.cifar_resnet(8, unit=unit)
     fused, x, state = tinyres.fuse(model, level="block"), images(4, 8, 8, 3, dtype=np.float32), model.state_dict()
     with tinyres.options(precision=precision):
         results = zip(step(model, state, x), step(fused, state, x), strict=True)
@@ -67,9 +73,10 @@ def test_precisions(precision, device):
         assert np.linalg.norm(other - plain) <= bound * np.linalg.norm(plain)
 
 
-def test_on_the_cpu_the_bits_are_those_of_the_layers():
+@pytest.mark.parametrize("unit", ("original", "full_preactivation"))
+def test_on_the_cpu_the_bits_are_those_of_the_layers(unit):
     """There, its kernels are the same."""
-    model = models.cifar_resnet(8, shortcut="B")
+    model = models.cifar_resnet(8, shortcut="B", unit=unit)
     x, state = images(4, 8, 8, 3, dtype=np.float32), model.state_dict()
     for layer, block in zip(
         *(step(tinyres.fuse(model, level=level), state, x) for level in ("layer", "block")), strict=True
@@ -162,12 +169,12 @@ class Nodes(tinyres.autograd.observed):
         self.seen[type(node).__name__] += 1
 
 
-def chains(net, x):
+def chains(net, x, op="ResidualChain"):
     """How many residual chains a forward pass makes."""
     nodes = Nodes()
     with nodes:
         net(x)
-    return nodes.seen["ResidualChain"]
+    return nodes.seen[op]
 
 
 def network(**arguments):
@@ -177,10 +184,35 @@ def network(**arguments):
 X = (2, 8, 8, 3)
 
 
+def test_modules_that_are_no_units():
+    x = images(2, 4, 4, 4, dtype=np.float32)
+    conv, norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+    for module in (
+        nn.Residual(nn.Identity()),
+        nn.Residual(nn.Identity(), activation=None),
+        nn.Residual(conv, activation=None),
+        nn.Residual(norm, nn.ReLU(), activation=None),
+        nn.Residual(norm, nn.ReLU(), conv, nn.BatchNorm2d(4), activation=None),
+        nn.Residual(norm, conv, activation=None),
+        nn.Residual(conv, norm, shortcut=nn.Conv2d(4, 4, 1)),
+        nn.Residual(conv, norm, shortcut=nn.Sequential(nn.Conv2d(4, 4, 1, bias=True), nn.BatchNorm2d(4))),
+        nn.Residual(conv, norm, activation=nn.Identity()),
+        nn.Residual(conv, norm, pre=nn.Sequential(nn.ReLU())),
+        nn.Residual(conv, nn.Conv2d(4, 4, 1), norm),
+        nn.Residual(norm, nn.ReLU(), nn.Conv2d(4, 4, 1, bias=True), activation=None),
+        nn.Residual(nn.BatchNorm2d(4, group=1), nn.ReLU(), conv, activation=None),
+    ):
+        fused = tinyres.fuse(nn.Sequential(module), level="block")
+        assert type(fused) is nn.Sequential and np.isfinite(fused(x).numpy()).all(), module
+
+
 def test_neighbours_are_one_op():
     x = images(*X, dtype=np.float32)
     assert chains(network(), x) == 1
     assert chains(network().eval(), x) == 0
+    pre_activated = network(unit="full_preactivation")
+    assert chains(pre_activated, x) == 0 and chains(pre_activated, x, "PreActivation") == 6
+    assert chains(pre_activated.eval(), x, "PreActivation") == 0
     model = models.cifar_resnet(14, filters=4)
     parts = [*model]
     parts.insert(5, nn.Identity())

@@ -316,9 +316,9 @@ class Adapter:
         return self._packed(norms.activation(self, x)), None
 
     def _gradient(self, gradient):
-        """A Gradient likewise: dz and what makes dx of it, or dx and None."""
-        if gradient.dx is not None or gradient.rows is None:
-            return self._packed(gradient.by_x(self)), None
+        """A gradient likewise: dz and what makes dx of it, or dx and None."""
+        if not isinstance(gradient, Gradient) or gradient.dx is not None or gradient.rows is None:
+            return self._packed(norms.by_output(self, gradient)), None
         norm, rows = gradient.norm, gradient.rows
         if gradient.dgamma is None:
             gradient.dgamma, gradient.dbeta = self._like(norm.gamma), self._like(norm.gamma)

@@ -59,12 +59,14 @@ def normed_conv2d_forward(self, x, w, stride, padding):
 def normed_conv2d_backward_input(self, gradient, w, x, stride, padding, around=None):
     shape = norms.raw(x).shape
     total = norms.shortcut_backward(self, *around, shape) if around else None
-    dx = self.conv2d_backward_input(gradient.by_x(self), w, shape, stride, padding, total)
+    dx = self.conv2d_backward_input(norms.by_output(self, gradient), w, shape, stride, padding, total)
     return self.block_output_backward(dx, x, overwrite=True) if isinstance(x, norms.Norm) else dx
 
 
 def normed_conv2d_backward_weight(self, gradient, x, w_shape, stride, padding, parts=False):
-    dw = self.conv2d_backward_weight(gradient.by_x(self), norms.activation(self, x), w_shape, stride, padding)
+    dw = self.conv2d_backward_weight(
+        norms.by_output(self, gradient), norms.activation(self, x), w_shape, stride, padding
+    )
     return dw[None] if parts else dw
 
 

@@ -85,6 +85,11 @@ class Gradient:
         return self.dx
 
 
+def by_output(kernels: Any, gradient: Gradient | Array) -> Array:
+    """The gradient by a convolution's output, whose batch norm the Gradient is of, as a tensor."""
+    return gradient.by_x(kernels) if isinstance(gradient, Gradient) else gradient
+
+
 def activation(kernels: Any, x: Norm | Array) -> Array:
     """What a convolution of `x` reads, as a tensor."""
     if not isinstance(x, Norm):

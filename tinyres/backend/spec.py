@@ -100,8 +100,8 @@ FUSED = {
     "normed_conv2d_forward": "(x, w, stride, padding) -> y, rows: conv2d_forward, and partial sums of y for its Norm, "
     "or None",
     "normed_conv2d_backward_input": "(gradient, w, x, stride, padding, around=None) -> Gradient of x, or dx where x "
-    "is an array, from the Gradient of y; around is (dy, stride, before), what came along a shortcut from x that "
-    "block_output took with these, and may be added to",
+    "is an array, from the Gradient of y, or dy where no batch norm is behind; around is (dy, stride, before), what "
+    "came along a shortcut from x that block_output took with these, and may be added to",
     "normed_conv2d_backward_weight": "(gradient, x, w_shape, stride, padding, parts=False) -> dw; or (parts, R, S, C, "
     "K), of which it is the sum over the first axis",
     "block_output": "(norm, shortcut=None, stride=1, before=0) -> norm's activation, to which shortcut is added before "

@@ -5,8 +5,9 @@ inference, batch norm into the convolution before it.
     BatchNorm2d, ReLU in a Sequential                        -> BatchNormReLU2d
     a Residual whose branch ends in BatchNorm2d, then ReLU   -> FusedResidual ending in BatchNormAddReLU2d
     any other Residual that adds, then ReLU                  -> FusedResidual joined by AddReLU
-and with level="block" this one too, in training (fuse_blocks.py):
-    FusedResiduals of convolutions and batch norms, in a row -> one op, in a FusedSequential
+and with level="block" these too, in training, in a FusedSequential (fuse_blocks.py):
+    FusedResiduals of convolutions and batch norms, in a row -> one op
+    a Residual of BN, ReLU, conv, ..., without activation    -> one op
 `fold_batch_norm(model)` goes further, for a model that is trained no more. In evaluation batch norm is
     y = s (x - mean) + beta,  s = gamma / sqrt(var + eps), of constants: so conv(x, w) + b in the place of x makes
     y = conv(x, s w) + (s (b - mean) + beta), a convolution with other weights and a bias:
@@ -22,7 +23,7 @@ from __future__ import annotations
 import itertools
 
 from tinyres.errors import DtypeError, expect
-from tinyres.nn.fuse_blocks import FusedSequential, holds_blocks
+from tinyres.nn.fuse_blocks import FusedSequential, holds_units
 from tinyres.nn.fused import BatchNormAddReLU2d, BatchNormReLU2d, Conv2dAddReLU, Conv2dReLU, FusedResidual
 from tinyres.nn.layers import BatchNorm2d, Conv2d, Identity, ReLU
 from tinyres.nn.module import Module, Parameter, Sequential
@@ -33,7 +34,7 @@ from tinyres.ops import checks
 def fuse(model: Module, level: str = "layer") -> Module:
     """`model` with the patterns above fused: a new tree of modules over the same parameters and buffers.
 
-    level  "layer", or "block": residual blocks too
+    level  "layer", or "block": residual units too
     Training either trains both, and `state_dict` has the same names. Raises DtypeError unless given a Module,
     ArgumentError for another level.
     """
@@ -55,7 +56,7 @@ def fuse(model: Module, level: str = "layer") -> Module:
             if _plain(first, BatchNorm2d) and _plain(second, ReLU):
                 fused._modules[name] = _share(first, BatchNormReLU2d)
                 fused._modules[next_name] = Identity()
-        if level == "block" and holds_blocks(fused):
+        if level == "block" and holds_units(fused):
             fused = _share(fused, FusedSequential)
     return fused
 

@@ -1,4 +1,4 @@
-"""Residual blocks in a row as one op: what `fuse(model, level="block")` makes of a Sequential."""
+"""Residual blocks as one op: what `fuse(model, level="block")` makes of a Sequential."""
 
 from __future__ import annotations
 
@@ -6,80 +6,112 @@ from tinyres.autograd import Tensor
 from tinyres.nn.fused import BatchNormAddReLU2d, BatchNormReLU2d, FusedResidual
 from tinyres.nn.layers import BatchNorm2d, Conv2d, Identity
 from tinyres.nn.module import Module, Sequential
-from tinyres.nn.residual import ZeroPadShortcut
-from tinyres.ops.residual_chain import Block, Unit, fits, residual_chain
+from tinyres.nn.residual import Residual, ZeroPadShortcut
+from tinyres.ops import preactivation, residual_chain
+from tinyres.ops.preactivation import PreActivated
+from tinyres.ops.residual_chain import Block, Unit
 
 
 class FusedSequential(Sequential):
-    """A Sequential that runs neighbouring residual blocks as one op (`ops.residual_chain`) in training.
-
-    That is what `fuse` makes of conv, BN, ReLU, ..., conv, BN, + shortcut, ReLU, where convolutions have no bias, batch
-    norms no groups, and the shortcut is the identity, a ZeroPadShortcut, or a convolution and its batch norm. All else
-    runs by its own forward: other modules, evaluation, blocks with a forward hook, and inputs that do not fit.
+    """A Sequential that in training runs as one op
+    neighbouring units of conv, BN, ReLU, ..., conv, BN, + shortcut, ReLU (ops/residual_chain.py), and
+    each unit of BN, ReLU, conv, ..., BN, ReLU, conv, + shortcut (ops/preactivation.py), also without the first BN, ReLU
+    where convolutions have no bias, batch norms no groups, and the shortcut is the identity, a ZeroPadShortcut, or a
+    convolution, with its batch norm in the first kind. All else runs by its own forward: other modules, evaluation,
+    units with a forward hook, and inputs that do not fit.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         run: list[Module] = []
         blocks: list[Block] = []
         for module in self:
-            block = _block(module)
-            if block is None:
-                x, run, blocks = module(_through(x, run, blocks)), [], []
-            else:
+            unit = _unit_of(module)
+            if isinstance(unit, Block):
                 run.append(module)
-                blocks.append(block)
+                blocks.append(unit)
+                continue
+            x = _through(x, run, blocks)
+            run, blocks = [], []
+            one = unit is not None and preactivation.fits(x, unit)
+            x = preactivation.preactivation(x, unit) if one else module(x)
         return _through(x, run, blocks)
 
 
 def _through(x, run, blocks):
-    if fits(x, blocks):
-        return residual_chain(x, blocks)
+    if residual_chain.fits(x, blocks):
+        return residual_chain.residual_chain(x, blocks)
     for module in run:
         x = module(x)
     return x
 
 
-def holds_blocks(model: Module) -> bool:
-    """Whether a FusedSequential would find a block in the place of `model`, in training."""
+def holds_units(model: Module) -> bool:
+    """Whether a FusedSequential would find a unit in the place of `model`."""
     return any(_parts(module) is not None for module in model._modules.values())
 
 
-def _block(module):
-    """What residual_chain takes of a module that it can stand for now, else None."""
+def _unit_of(module):
+    """What one of the ops takes of a module that it can stand for now, else None."""
     parts = _parts(module)
     if parts is None or any(part._forward_hooks for part in module.modules()):
         return None
     units, projection = parts
-    if not all(norm.training for _, norm in [*units, *([projection] if projection else [])]):
+    shortcut, pre_activated = module.shortcut, type(module) is Residual
+    if not all(norm.training for _, norm in (*units, projection or (None, None)) if norm is not None):
         return None
     units = [_unit(*unit) for unit in units]
-    shortcut = module.shortcut
-    if projection:
-        return Block(units, _unit(*projection))
-    return Block(units) if shortcut is None else Block(units, None, shortcut.stride, shortcut.new_channels)
+    padding = (shortcut.stride, shortcut.new_channels) if type(shortcut) is ZeroPadShortcut else (1, 0)
+    if not pre_activated:
+        return Block(units, _unit(*projection) if projection else None, *padding)
+    conv = (shortcut.weight, shortcut.stride, shortcut.padding) if projection else None
+    return PreActivated(units, conv, module.pre is not None, *padding)
 
 
 def _parts(module):
-    """The pairs (convolution, batch norm) of a block, and its projection or None; None of any other module."""
-    if type(module) is not FusedResidual or module.pre is not None or type(module.branch) is not Sequential:
+    """The pairs (convolution, batch norm) of a unit, and that of its projection or None; None of any other module.
+
+    In a FusedResidual batch norms stand behind their convolutions, in a Residual before them; the first of these, and
+    that of the projection, is None where there is none.
+    """
+    if type(module) not in (FusedResidual, Residual) or type(module.branch) is not Sequential:
         return None
-    branch = [part for part in module.branch if type(part) is not Identity]
-    units = list(zip(branch[::2], branch[1::2], strict=False))
-    norms = [BatchNormReLU2d] * (len(units) - 1) + [BatchNormAddReLU2d]
-    if len(branch) % 2 or not all(_are_unit(*unit, kind) for unit, kind in zip(units, norms, strict=True)):
+    layers, shortcut, projection = _layers(module.branch), module.shortcut, None
+    if type(module) is FusedResidual:
+        if module.pre is not None:
+            return None
+        convs, norms = layers[::2], layers[1::2]
+        kinds = [*[BatchNormReLU2d] * (len(norms) - 1), BatchNormAddReLU2d]
+        if type(shortcut) is Sequential and [type(layer) for layer in shortcut] == [Conv2d, BatchNorm2d]:
+            projection = (*shortcut,)
+    else:
+        if module.activation is not None or module.join is not None or type(module.pre) not in (type(None), Sequential):
+            return None
+        layers = [*_layers(module.pre or ()), *layers]
+        if layers and type(layers[0]) is Conv2d:
+            layers = [None, *layers]
+        norms, convs = layers[::2], layers[1::2]
+        kinds = [BatchNormReLU2d] * len(norms)
+        if type(shortcut) is Conv2d:
+            projection = shortcut, None
+    if projection is None and not (shortcut is None or type(shortcut) is ZeroPadShortcut):
         return None
-    shortcut = module.shortcut
-    if shortcut is None or type(shortcut) is ZeroPadShortcut:
-        return units, None
-    if type(shortcut) is Sequential and len(shortcut) == 2 and _are_unit(*shortcut, BatchNorm2d):
-        return units, (*shortcut,)
-    return None
+    found = [type(norm) for norm in norms if norm is not None]
+    if not found or len(convs) != len(norms) or found != kinds[len(kinds) - len(found) :]:
+        return None
+    pairs = list(zip(convs, norms, strict=True))
+    plain = all(
+        type(conv) is Conv2d and conv.bias is None and (norm is None or norm.group is None)
+        for conv, norm in (*pairs, *([projection] if projection else []))
+    )
+    return (pairs, projection) if plain else None
 
 
-def _are_unit(conv, norm, kind):
-    return type(conv) is Conv2d and conv.bias is None and type(norm) is kind and norm.group is None
+def _layers(sequential):
+    return [layer for layer in sequential if type(layer) is not Identity]
 
 
 def _unit(conv, norm):
+    if norm is None:
+        return Unit(conv.weight, None, None, conv.stride, conv.padding, (None, None), 0.0, 1.0)
     running = norm.running_mean, norm.running_var
     return Unit(conv.weight, norm.gamma, norm.beta, conv.stride, conv.padding, running, norm.momentum, norm.eps)

@@ -24,20 +24,20 @@ from tinyres.options import get as options
 
 
 class Unit(NamedTuple):
-    """A convolution without a bias and the batch norm behind it.
+    """A convolution without a bias, and the batch norm behind it.
 
     w            (R, S, C, K)
-    gamma, beta  (K,)
+    gamma, beta  (K,); in preactivation.py the batch norm stands before the convolution, or is None: then (C,), or None
     stride, padding  pairs
     running      running_mean and running_var, arrays (K,), moved in place by the share `momentum`
     """
 
     w: Tensor
-    gamma: Tensor
-    beta: Tensor
+    gamma: Tensor | None
+    beta: Tensor | None
     stride: tuple[int, int]
     padding: tuple[int, int]
-    running: tuple[Array, Array]
+    running: tuple[Array | None, Array | None]
     momentum: float
     eps: float
 
@@ -124,7 +124,7 @@ def residual_chain(x: Tensor, blocks: Sequence[Block]) -> Tensor:
     """
     op = "residual_chain"
     expect(fits(x, blocks), op, "blocks must fit x and each other", x=getattr(x, "shape", type(x).__name__))
-    parameters: list[Tensor] = []
+    parameters: list[Tensor | None] = []
     for block in blocks:
         for unit in _units(block):
             checks.fraction(op, "momentum", unit.momentum, one=True)
@@ -136,10 +136,8 @@ def residual_chain(x: Tensor, blocks: Sequence[Block]) -> Tensor:
 def fits(x: Tensor, blocks: Sequence[Block]) -> bool:
     """Whether `residual_chain` takes them: shapes that go together without broadcasting, one device, x's dtype, which
     the options leave as it is, and running statistics that can be written to."""
-    if not (isinstance(x, Tensor) and x.ndim == 4 and 0 not in x.shape and is_floating(x.dtype)) or not blocks:
+    if not is_image(x) or not blocks:
         return False
-    if x.dtype == np.float32 and options().precision == "bfloat16":
-        return False  # convolutions would lower it, shortcuts would not
     shape = x.shape
     for block in blocks:
         N, H, W, C = shape
@@ -158,28 +156,38 @@ def _units(block):
 
 def _through(x, shape, units):
     """The shape that `units` make of `shape`, or None where one does not fit."""
-    dtype = wide(x.dtype)
-    for w, gamma, beta, stride, padding, running, _, _ in units:
-        if any(p.dtype != dtype or p.device is not x.device for p in (w, gamma, beta)):
+    for unit in units:
+        shape = convolved(x, shape, unit.w, unit.stride, unit.padding)
+        if shape is None or not normalises(x, shape, unit):
             return None
-        if w.ndim != 4 or 0 in w.shape or w.shape[2] != shape[3]:
-            return None
-        R, S, _, K = w.shape
-        N, P, Q = (
-            shape[0],
-            (shape[1] + 2 * padding[0] - R) // stride[0] + 1,
-            (shape[2] + 2 * padding[1] - S) // stride[1] + 1,
-        )
-        if P < 1 or Q < 1 or N * P * Q < 2 or N * P * Q * K >= checks.LIMIT:
-            return None
-        if gamma.shape != (K,) or beta.shape != (K,) or not all(_writable(x, a, dtype, K) for a in running):
-            return None
-        shape = N, P, Q, K
     return shape
 
 
-def _writable(x, array, dtype, channels):
-    if not x.device.owns(array) or array.shape != (channels,) or array.dtype != dtype:
+def is_image(x: Tensor) -> bool:
+    """Whether x is (N, H, W, C), and of a dtype that convolutions leave as it is: shortcuts lower nothing."""
+    if not (isinstance(x, Tensor) and x.ndim == 4 and 0 not in x.shape and is_floating(x.dtype)):
         return False
-    flags = array.flags
-    return flags.c_contiguous and getattr(flags, "aligned", True) and getattr(flags, "writeable", True)
+    return x.dtype != np.float32 or options().precision != "bfloat16"
+
+
+def convolved(x, shape, w, stride, padding):
+    """The shape of a convolution of `shape` with w, None where they do not go together; x tells device and dtype."""
+    if w.dtype != wide(x.dtype) or w.device is not x.device or w.ndim != 4 or 0 in w.shape or w.shape[2] != shape[3]:
+        return None
+    R, S, _, K = w.shape
+    P, Q = ((n + 2 * p - r) // s + 1 for n, p, r, s in zip(shape[1:3], padding, (R, S), stride, strict=True))
+    return (shape[0], P, Q, K) if P > 0 and Q > 0 and shape[0] * P * Q * K < checks.LIMIT else None
+
+
+def normalises(x, shape, unit):
+    """Whether the unit's batch norm takes a tensor of that shape."""
+    C, dtype = shape[3:], wide(x.dtype)
+    if any(p.dtype != dtype or p.device is not x.device or p.shape != C for p in (unit.gamma, unit.beta)):
+        return False
+    for array in unit.running:
+        if not x.device.owns(array) or array.shape != C or array.dtype != dtype:
+            return False
+        flags = array.flags  # of which CuPy's arrays have not all
+        if not (flags.c_contiguous and getattr(flags, "aligned", True) and getattr(flags, "writeable", True)):
+            return False
+    return shape[0] * shape[1] * shape[2] > 1
