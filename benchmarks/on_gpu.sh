@@ -76,11 +76,15 @@ step train_step 120 "$python" benchmarks/train_step.py --device cuda --steps 20 
   --json "$out/train_step.json"
 step kernels 200 "$python" benchmarks/kernels.py --device cuda --rounds 5 --against "$against" \
   --json "$out/kernels.json"
-for conv in naive tiled; do # the ladder of convolutions
+step whole_step 100 "$python" benchmarks/whole_step.py --json "$out/whole_step.json"
+step whole_step_1024 30 "$python" benchmarks/whole_step.py --depths 20 --batch-sizes 1024 --precisions bfloat16 \
+  --json "$out/whole_step_1024.json"
+for conv in naive tiled mma direct; do # the ladder of convolutions
   step "conv_$conv" 50 "$python" benchmarks/kernels.py conv2d --device cuda --rounds 3 --conv "$conv" \
     --against "$against" --json "$out/conv_$conv.json"
 done
-step training 100 "$python" examples/cifar_resnet.py --device cuda --recipe quick --out "$out/training"
+step training 100 "$python" examples/cifar_resnet.py --device cuda --recipe quick --precision bfloat16 \
+  --out "$out/training"
 if [ "$against" = torch ]; then
   step torch_gpu 120 "$python" benchmarks/peers/torch_gpu.py --depths 20 --json "$out/torch_gpu.json"
 fi

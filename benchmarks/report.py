@@ -200,6 +200,17 @@ def torch_gpu(result):
     return f"PyTorch's training step, batch {result['batch_size']}:\n\n{table(['', 'ms', 'images/s'], rows)}"
 
 
+def whole_step(result):
+    rows = [
+        [f"ResNet-{row['depth']}, batch {row['batch_size']}, {row['precision']}", str(row["launches"])]
+        + [f"{row[kind]['median']:.4g}" for kind in ("ms", "direct_ms")]
+        + [f"{row['images_per_second']:,}", f"{row['arena_bytes'] / 2**20:.1f}"]
+        for row in result["rows"]
+    ]
+    head = ["", "launches", "ms as a graph", "ms without", "images/s", "MiB of its arena"]
+    return f"Training steps as graphs{on_gpu(result)}:\n\n{table(head, rows)}"
+
+
 def winograd_error(result):
     sides = [name for name in ("winograd", "direct", "torch") if name in result["rows"][0]]
     names = {"winograd": "Winograd", "direct": "direct", "torch": "PyTorch"}
@@ -337,6 +348,12 @@ def headline_torch_gpu(result):
     return f"PyTorch in float32: {', '.join(each)}"
 
 
+def headline_whole_step(result):
+    first = result["rows"][0]
+    name = f"ResNet-{first['depth']}, batch {first['batch_size']}, {first['precision']}"
+    return f"{name}: a step is {first['launches']} launches and {first['ms']['median']:.4g} ms"
+
+
 def headline_winograd_error(result):
     worst = max(row["winograd"][what] / row["direct"][what] for row in result["rows"] for what in ("y", "dx", "dw"))
     return f"Winograd's errors are at most {worst:.1f} times those of direct convolution"
@@ -379,6 +396,7 @@ TABLES = {
     "kernels": kernels,
     "limits": limits,
     "torch_gpu": torch_gpu,
+    "whole_step": whole_step,
     "winograd_error": winograd_error,
 }
 HEADLINES = {
@@ -392,6 +410,7 @@ HEADLINES = {
     "kernels": headline_kernels,
     "limits": headline_limits,
     "torch_gpu": headline_torch_gpu,
+    "whole_step": headline_whole_step,
     "winograd_error": headline_winograd_error,
 }
 

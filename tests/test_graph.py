@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import tinyres
 from op_case import DEVICES
-from tinyres import backend, nn, ops
+from tinyres import backend, data, nn, ops, train
 from tinyres.backend import cuda
-from tinyres.errors import DeviceError, DtypeError, GraphError
-from tinyres.graph import ALIGNMENT, TRIES, Captured, plan
+from tinyres.errors import ArgumentError, DeviceError, DtypeError, GraphError
+from tinyres.graph import ALIGNMENT, TRIES, Captured, Evaluation, Training, plan
 
 needs_graphs = pytest.mark.skipif("emulated" not in DEVICES, reason="the emulation was not built")
 
@@ -233,3 +233,161 @@ def test_the_gpus_graphs_over_a_stand_in_for_cupy():
     graphs.cupy.ndarray = lambda shape, dtype, memptr: (shape, dtype, memptr)
     array, owner = graphs.place(types.SimpleNamespace(data=1000), 24, (3,), np.float32)
     assert array is owner and array == ((3,), np.float32, 1024)
+
+
+# Training and evaluation ----------------------------------------------------------------------------------------------
+
+
+IMAGES = np.random.default_rng(5).integers(0, 256, (22, 8, 8, 3), np.uint8)
+LABELS = np.random.default_rng(6).integers(0, 10, 22)
+
+
+def blocks(device="emulated"):
+    """A stem and two residual blocks whose shapes the fused kernels take, and a head."""
+    tinyres.manual_seed(0)
+    backend.use(device)
+
+    def unit():
+        return nn.Residual(
+            nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+        )  # fmt: skip
+
+    stem = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()
+    model = nn.Sequential(*stem, unit(), unit(), nn.GlobalAvgPool2d(), nn.Linear(16, 10))
+    model = tinyres.fuse(model, level="block")
+    return model, tinyres.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+
+
+def loader(batch_size=5, training=True, device="emulated"):
+    settings = {"mean": 120.0, "scale": 1 / 60, "seed": 3, "device": device}
+    return data.Loader(IMAGES, LABELS, batch_size, augment=training, shuffle=training, **settings)
+
+
+def rate(number):
+    return 0.05 if number < 5 else 0.01
+
+
+@needs_graphs
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_training_has_the_bits_of_its_steps_run_directly(precision, monkeypatch):
+    with tinyres.options(precision=precision):
+        model, optimizer = blocks()
+        training = Training(model, optimizer, loader())
+        sums = []
+        for number in range(11):  # epochs of four steps
+            training.step(number, rate(number))
+            if number % 4 == 2:
+                sums.append(training.take())
+        assert training.launches and training.arena_bytes
+        with monkeypatch.context() as patched:
+            patched.setattr(Captured, "__call__", lambda self: self.function())
+            direct_model, direct_optimizer = blocks()
+            direct, direct_sums = Training(direct_model, direct_optimizer, loader()), []
+            for number in range(11):
+                direct.step(number, rate(number))
+                if number % 4 == 2:
+                    direct_sums.append(direct.take())
+        assert direct.launches is None
+    assert bits(model, optimizer) == bits(direct_model, direct_optimizer)
+    assert sums == direct_sums and [s.images for s in sums] == [15, 20, 20]
+
+
+@needs_graphs
+@pytest.mark.parametrize("precision, tolerance", [("float32", 2e-5), ("bfloat16", 2e-2)])
+def test_training_is_the_loop_that_one_writes(precision, tolerance):
+    with tinyres.options(precision=precision):
+        model, optimizer = blocks()
+        training = Training(model, optimizer, loader())
+        plain, plain_optimizer = blocks()
+        batches, loss_sum, wrong = loader(), 0.0, 0
+        for number in range(6):
+            training.step(number, rate(number))
+            x, labels = batches.batch(number)
+            logits = plain(tinyres.tensor(x, device="emulated"))
+            loss = ops.cross_entropy(logits, labels)
+            plain_optimizer.lr = rate(number)
+            plain_optimizer.zero_grad()
+            loss.backward()
+            plain_optimizer.step()
+            loss_sum += loss.item() * len(labels)
+            wrong += int((logits.numpy().astype(np.float32).argmax(axis=1) != labels).sum())
+    sums = training.take()
+    assert sums.images == 30 and sums.loss == pytest.approx(loss_sum, rel=tolerance)
+    assert abs(sums.wrong - wrong) <= (0 if precision == "float32" else 2)
+    want = plain.state_dict()
+    for name, array in model.state_dict().items():
+        np.testing.assert_allclose(array, want[name], atol=5 * tolerance, rtol=tolerance, err_msg=name)
+
+
+@needs_graphs
+def test_a_training_goes_on_at_any_step():
+    model, optimizer = blocks()
+    training = Training(model, optimizer, loader())
+    for number in range(9):
+        training.step(number, 0.05)
+    again, again_optimizer = blocks()
+    first = Training(again, again_optimizer, loader())
+    for number in range(6):
+        first.step(number, 0.05)
+    second = Training(again, again_optimizer, loader())
+    for number in range(6, 9):
+        second.step(number, 0.05)
+    assert bits(model, optimizer) == bits(again, again_optimizer)
+
+
+@needs_graphs
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_arrays_that_are_replaced(precision):
+    """A graph holds addresses: it is made anew, of the arrays that are the parameters now."""
+    with tinyres.options(precision=precision):
+        model, optimizer = blocks()
+        training = Training(model, optimizer, loader())
+        other, other_optimizer = blocks()
+        without = Training(other, other_optimizer, loader())
+        for number in range(10):
+            if number == 6:
+                assert training.launches
+                for p in model.parameters():
+                    p.data = p.data.copy()
+                optimizer.load_state_dict(optimizer.state_dict())
+            training.step(number, 0.05)
+            without.step(number, 0.05)
+    assert bits(model, optimizer) == bits(other, other_optimizer)
+
+
+@needs_graphs
+def test_evaluation():
+    """Over a last batch that is smaller, too; a second pass, in graphs, gives the same; training goes on between."""
+    model, optimizer = blocks()
+    training, testing = Training(model, optimizer, loader()), Evaluation(model, loader(5, training=False))
+    for number in range(8):
+        training.step(number, 0.05)
+        sums = testing()
+        loss, error = train.evaluate(model, loader(5, training=False))
+        assert sums.images == 22 and model.training
+        assert sums.averages() == (pytest.approx(loss, rel=1e-5), pytest.approx(error))
+    assert testing() == sums
+    captured = {size: step.launches for size, step in testing.batches.steps.items()}
+    assert sorted(captured) == [2, 5] and all(captured.values())
+
+
+def test_what_a_training_does_not_take():
+    backend.use("cpu")
+    model, optimizer = network("cpu")
+    with pytest.raises(DtypeError, match="needs an SGD"):
+        Training(model, None, loader(device="cpu"))
+    with pytest.raises(DtypeError, match="ends in GlobalAvgPool2d and Linear"):
+        Training(nn.Sequential(nn.Linear(3, 2)), optimizer, loader(device="cpu"))
+    with pytest.raises(DtypeError, match="Loader"):
+        Training(model, optimizer, None)
+    with pytest.raises(DeviceError, match="cuda or emulated"):
+        Training(model, optimizer, loader(device="cpu")).step(0, 0.1)
+    with pytest.raises(ArgumentError, match="neither shuffle nor augment"):
+        Evaluation(model, loader(device="cpu"))
+    dropping = nn.Sequential(nn.Dropout(0.5), nn.GlobalAvgPool2d(), nn.Linear(3, 2))
+    with pytest.raises(ArgumentError, match="dropout"):
+        Training(dropping, optimizer, loader(device="cpu"))
+    if "emulated" in DEVICES:
+        with pytest.raises(DeviceError, match="on the model's device"):
+            Training(model, optimizer, loader(device="emulated"))

@@ -246,6 +246,11 @@ class Training:
         """Of a whole batch; None before it is captured."""
         return self.batches.launches
 
+    @property
+    def arena_bytes(self) -> int | None:
+        """Of the graph of a whole batch; None before it is captured."""
+        return self.batches.arena_bytes
+
     def _step(self, x, labels):
         with gradients_in_parts(), copies_kept(self._copies):
             self.batches.loss(x, labels).backward()
@@ -335,6 +340,11 @@ class _Batches:
     def launches(self):
         step = self.steps.get(self.loader.batch_size)
         return step and step.launches
+
+    @property
+    def arena_bytes(self):
+        step = self.steps.get(self.loader.batch_size)
+        return step and step.size
 
     def run(self, number, function):
         loader = self.loader

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tinyres.autograd import Function, Tensor
+from tinyres.autograd import Function, Tensor, gradients_in_parts
 from tinyres.backend.norm import Gradient, Norm, activation, by_output, shortcut, shortcut_backward
 from tinyres.errors import expect
 from tinyres.ops import checks
+from tinyres.ops.cast import rounded
 from tinyres.ops.residual_chain import Unit, convolved, is_image, normalises
 
 
@@ -41,7 +42,7 @@ class PreActivation(Function):
             u = y
             if gamma is not None:
                 u = Norm(y, rows, gamma, beta, *part.running, part.momentum, part.eps)
-            w = kernels.cast(w, x.dtype)
+            w = rounded(kernels, w, x.dtype)
             y, rows = kernels.normed_conv2d_forward(u, w, part.stride, part.padding)
             steps.append((u, w, part.stride, part.padding))
         start = activation(kernels, steps[0][0]) if unit.shared else x
@@ -49,7 +50,7 @@ class PreActivation(Function):
         if projection is None:
             around, place = shortcut(kernels, start, unit.stride, before, y.shape[3]), (unit.stride, before)
         else:
-            place = kernels.cast(projection, x.dtype), *unit.projection[1:]
+            place = rounded(kernels, projection, x.dtype), *unit.projection[1:]
             around = kernels.conv2d_forward(start, *place)
         self.saved = steps, start, unit.shared, projection is None, place
         return kernels.accumulate(y, around)
@@ -74,7 +75,8 @@ class PreActivation(Function):
                 joined = around if i == 0 and meets else None
                 dx = kernels.normed_conv2d_backward_input(gradient, w, u, stride, padding, joined)
             if weights[i]:
-                dw = kernels.normed_conv2d_backward_weight(gradient, u, w.shape, stride, padding)
+                parts = gradients_in_parts.hold()
+                dw = kernels.normed_conv2d_backward_weight(gradient, u, w.shape, stride, padding, parts)
             found.append((dw, dx))
             gradient = dx
         dx = None if gradient is None else by_output(kernels, gradient)

@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinyres.autograd import Function, Tensor
+from tinyres.autograd import Function, Tensor, gradients_in_parts
 from tinyres.backend import Array
 from tinyres.backend.norm import Gradient, Norm, activation
 from tinyres.dtypes import is_floating, wide
 from tinyres.errors import expect
 from tinyres.ops import checks
+from tinyres.ops.cast import rounded
 from tinyres.options import get as options
 
 
@@ -63,7 +64,7 @@ class ResidualChain(Function):
         def convolve(u, unit):
             """The Norm behind a convolution of u, and what backward needs of both."""
             w, gamma, beta = (next(parameters) for _ in range(3))
-            w = kernels.cast(w, x.dtype)
+            w = rounded(kernels, w, x.dtype)
             y, rows = kernels.normed_conv2d_forward(u, w, unit.stride, unit.padding)
             norm = Norm(y, rows, gamma, beta, *unit.running, unit.momentum, unit.eps)
             return norm, (u, w, unit.stride, unit.padding, norm)
@@ -94,7 +95,8 @@ class ResidualChain(Function):
             if needed:
                 dx = kernels.normed_conv2d_backward_input(gradient, w, u, stride, padding, around)
             if weights.pop():
-                dw = kernels.normed_conv2d_backward_weight(gradient, u, w.shape, stride, padding)
+                parts = gradients_in_parts.hold()
+                dw = kernels.normed_conv2d_backward_weight(gradient, u, w.shape, stride, padding, parts)
             if gradient.dgamma is None:  # nobody has read it
                 gradient.by_x(kernels)
             gradients.extend((gradient.dbeta, gradient.dgamma, dw))
