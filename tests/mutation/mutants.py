@@ -1024,6 +1024,30 @@ PARTS = [
         ],
     ),
     Part(
+        "residual chains",
+        "tinyres/ops/residual_chain.py",
+        "tests/ops/test_residual_chain.py -k 'equals or frozen or fits'",
+        "tests/ops/test_residual_chain.py tests/test_fuse_blocks.py",
+        [
+            Mutant(
+                "a first block whose x is given is not asked for its gradient",
+                "needed, around = self.needs[0] or not first,",
+                "needed, around = not first,",
+            ),
+            Mutant(
+                "a projection's gradient is masked as that of the residual function is",
+                "tensor = activation(kernels, u)",
+                "tensor = u",
+            ),
+            Mutant("sums that nobody has added", "if gradient.dgamma is None:", "if False:"),
+            Mutant(
+                "a float32 shortcut beside convolutions in bfloat16",
+                'return x.dtype != np.float32 or options().precision != "bfloat16"',
+                "return True",
+            ),
+        ],
+    ),
+    Part(
         "fusion",
         "tinyres/nn/fuse.py",
         "tests/test_nn.py -k 'fold or fuse or fusion'",
