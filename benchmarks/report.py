@@ -447,6 +447,7 @@ GROUPS = {
     "sgd": "training",
     "augment": "training",
     "cross_entropy": "training",
+    "classifier": "training",
     "": "elementwise",
 }
 

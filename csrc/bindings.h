@@ -1112,6 +1112,45 @@ void cross_entropy(const Array& loss, const Array& dlogits, const Array& logits,
   });
 }
 
+i64 classifier_parts(i64 N, i64 C, i64 K) {
+  const Call call("classifier_parts");
+  call.expect(N > 0 && C > 0 && K > 0 && std::max({N, C, K}) <= INT32_MAX, "N, C and K must be 1 to 2**31 - 1");
+  return kernels<float>().classifier_parts(N, C, K);
+}
+
+// dw and db have an axis more where they are wanted in parts.
+void classifier(const Array& loss, const OptionalArray& dx, const OptionalArray& dw, const OptionalArray& db,
+                const Array& metrics, const Array& x, const Array& w, const Array& b, const Array& labels,
+                double smoothing) {
+  const Call call("classifier");
+  call.rank("x", x, 4);
+  call.rank("w", w, 2);
+  call.expect(x.size() > 0 && w.size() > 0, "x and w must not be empty");
+  call.expect(smoothing >= 0 && smoothing <= 1, "smoothing must lie in [0, 1]");
+  call.expect(dx.has_value() == dw.has_value() && dx.has_value() == db.has_value(), "dx, dw and db go together");
+  call.typed(x, [&](auto zero) {
+    using T = decltype(zero);
+    const py::ssize_t N = x.shape(0), HW = x.shape(1) * x.shape(2), C = x.shape(3), K = w.shape(1);
+    call.expect(C + 2 * K <= CLASSIFIER_LIMIT && N <= INT32_MAX && HW * C <= INT32_MAX,
+                "C + 2 K must be at most 11000, N and H W C under 2**31");
+    const bool parts = dw && dw->ndim() == 3;
+    const py::ssize_t count = kernels<T>().classifier_parts(N, C, K);
+    Wide<T>* const loss_p = call.out<Wide<T>>("loss", loss, {});
+    T* const dx_p = call.out<T>("dx", dx, Shape(x));
+    Wide<T>* const dw_p = parts ? call.out<Wide<T>>("dw", dw, {count, C, K}) : call.out<Wide<T>>("dw", dw, {C, K});
+    Wide<T>* const db_p = parts ? call.out<Wide<T>>("db", db, {count, K}) : call.out<Wide<T>>("db", db, {K});
+    double* const metrics_p = call.out<double>("metrics", metrics, {4});
+    const T* const xp = call.in<T>("x", x, Shape(x));
+    const T* const wp = call.in<T>("w", w, {C, K});
+    const T* const bp = call.in<T>("b", b, {K});
+    const i64* const labels_p = call.in<i64>("labels", labels, {N});
+    call.expect(!ON_HOST || all_below(labels_p, N, K), "labels must lie between 0 and K - 1");
+    call.expect(!ON_HOST || metrics_p[3] == 0, "the last element of metrics must be 0");
+    const NoGil released;
+    kernels<T>().classifier(loss_p, dx_p, dw_p, db_p, metrics_p, xp, wp, bp, labels_p, smoothing, parts, N, HW, C, K);
+  });
+}
+
 void sgd(const std::vector<Array>& weights, const std::optional<std::vector<Array>>& velocities,
          const std::vector<Array>& gradients, const std::vector<double>& decays, const std::variant<double, Array>& lr,
          double momentum, bool nesterov, const std::optional<std::vector<OptionalArray>>& copies) {
@@ -1220,6 +1259,10 @@ inline void define_kernels(py::module_& module) {
   module.def("global_avg_pool2d_forward", &global_avg_pool2d_forward);
   module.def("global_avg_pool2d_backward", &global_avg_pool2d_backward);
   module.def("cross_entropy", &cross_entropy);
+  if (kernels<float>().classifier) {
+    module.def("classifier_parts", &classifier_parts);
+    module.def("classifier", &classifier);
+  }
   module.def("sgd", &sgd);
   module.def("augment", &augment);
 }

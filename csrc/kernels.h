@@ -122,6 +122,8 @@ struct InputGradient {
   Wide<T>* rows;  // per block C sums of dz, C sums of dz * (y - mean); nullptr: not wanted
 };
 
+constexpr i64 CLASSIFIER_LIMIT = 11000;  // so that what a block of head.cu keeps fits into 99 KB
+
 // ---- for SGD -------------------------------------------------------------------------------------------------------
 
 // One parameter, of n elements.
@@ -232,6 +234,15 @@ struct Kernels {
 
   // loss.cpp: mean over N of the cross-entropy of softmax(logits) against smoothed labels, and its gradient ---
   void (*cross_entropy)(Wide<T>* loss, T* dlogits, const T* logits, const i64* labels, double smoothing, i64 N, i64 K);
+
+  // head.cu: the end of a network; nullptr on the CPU -------------------------------------------------------
+  // cross_entropy of (the means over HW of x (N, HW, C)) w + b, w (C, K) and b (K), and, where dx is given, the
+  // gradients by x, w and b. dw and db, if `parts`, are not written whole, but left in classifier_parts parts each, to
+  // be added up. metrics (4), updated: the losses of all images, how many are not classified right, how many there are,
+  // and a 0 that the kernel counts its blocks with. C + 2 K is at most CLASSIFIER_LIMIT.
+  i64 (*classifier_parts)(i64 N, i64 C, i64 K);
+  void (*classifier)(Wide<T>* loss, T* dx, Wide<T>* dw, Wide<T>* db, double* metrics, const T* x, const T* w,
+                     const T* b, const i64* labels, double smoothing, bool parts, i64 N, i64 HW, i64 C, i64 K);
 
   // sgd.cpp: `count` parameters -------------------------------------------------------------------------------
   // v = momentum * v + (dw + decay * w); w -= lr * (nesterov ? dw + decay * w + momentum * v : v). w and v updated.

@@ -177,6 +177,20 @@ def _cross_entropy(d):
     return {"logits": d.tensor(N, K), "labels": labels, "label_smoothing": d.pick((0.0, 0.1, 1.0))}
 
 
+def _classifier_loss(d):
+    N, H, W, C, K = (d.integer(1, 5) for _ in range(5))
+    arguments = {"x": d.tensor(N, H, W, C), "w": d.parameter(C, K), "b": d.parameter(K)}
+    labels = d.array(N, dtype=np.int64, low=0, high=K)
+    metrics = _metrics(d) if d.chance(0.5) else None
+    return {**arguments, "labels": labels, "label_smoothing": d.pick((0.0, 0.1, 1.0)), "metrics": metrics}
+
+
+def _metrics(d):
+    metrics = d.out(4, dtype=np.float64)
+    metrics[3] = 0
+    return metrics
+
+
 def either(arguments):
     """The arguments of an op, in bfloat16 now and then."""
 
@@ -212,6 +226,7 @@ OPS = {
     "batch_norm_relu": _batch_norm(),
     "batch_norm_add_relu": _batch_norm(residual=True),
     "cross_entropy": _cross_entropy,
+    "classifier_loss": _classifier_loss,
 }  # fmt: skip
 
 
@@ -666,6 +681,43 @@ def _want_sgd(weights, velocities, gradients, decays, lr, momentum, nesterov, co
     return [weights, velocities, copies]
 
 
+def _raw_classifier(d):
+    N, H, W, C, K = (d.integer(1, 5) for _ in range(5))
+    shapes = {"dx": (N, H, W, C), "dw": (C, K), "db": (K,)}
+    whole = d.chance(0.8)
+    gradients = {name: d.out(*shape) if whole else None for name, shape in shapes.items()}
+    arrays = {"x": d.array(N, H, W, C), "w": d.array(C, K), "b": d.array(K)}
+    labels = d.array(N, dtype=np.int64, low=0, high=K)
+    return {"loss": d.out(), **gradients, "metrics": _metrics(d), **arrays, "labels": labels,
+            "smoothing": d.pick((0.0, 0.1, 1))}  # fmt: skip
+
+
+def _want_classifier(loss, dx, dw, db, metrics, x, w, b, labels, smoothing):
+    gradients = tinyres.backend.get("reference").kernels.classifier(x, w, b, labels, float(smoothing), metrics)
+    return [*gradients[: 1 if dx is None else 4], metrics]
+
+
+def _raw_augment_step(d):
+    n, L, H, W, C = (d.integer(1, 4) for _ in range(5))
+    d.dtype = np.dtype(np.float32)
+    steps, step = d.integer(1, 3), d.pick((0, 1, 5, 2**40))
+    labels, order = (d.array(count, dtype=np.int64, low=0, high=L) for count in (L, steps * n))
+    images = d.array(L, H, W, C, dtype=np.uint8, low=0, high=256)
+    counter = d.out(2, dtype=np.int64)
+    counter[:] = step, 0
+    return {
+        "x": d.out(n, H, W, C), "batch_labels": d.out(n, dtype=np.int64),
+        "images": images, "labels": labels, "order": order, "counter": counter,
+        "mean": d.array(H, W, C), "scale": d.array(C), "key": d.pick((0, 2**64 - 1)), "batch_size": n,
+        "steps_per_epoch": steps, "padding": d.pick((None, 0, 4)),
+    }  # fmt: skip
+
+
+def _want_augment_step(x, batch_labels, images, labels, order, counter, mean, scale, key, batch_size, steps, padding):
+    settings = int(key), int(batch_size), int(steps), len(x), x.dtype, None if padding is None else int(padding)
+    return [*R.augment_step(images, labels, order, counter, mean, scale, *settings), counter]
+
+
 def _raw_augment(d):
     N, L, H, W, C = (d.integer(1, 4) for _ in range(5))
     d.dtype = np.dtype(np.float32)
@@ -857,7 +909,11 @@ RAW = {
         lambda loss, dlogits, logits, labels, smoothing: [*R.cross_entropy(logits, labels, float(smoothing))],
     ),
     "sgd": _raw("weights velocities copies", _raw_sgd, _want_sgd),
+    "augment_step": _raw("x batch_labels counter", _raw_augment_step, _want_augment_step),
     "augment": _raw("x", _raw_augment, lambda x, *arguments: [R.augment(*arguments).astype(x.dtype)]),
+    # of CUDA alone
+    "classifier": _raw("loss dx dw db metrics", _raw_classifier, _want_classifier),
+    "classifier_parts": _raw("", lambda d: {"N": d.integer(1, 99), "C": 64, "K": 10}, lambda *_: []),
     # of the CPU alone
     "philox": _raw(
         "out",

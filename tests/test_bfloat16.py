@@ -75,6 +75,8 @@ CALLS = {
     "global_avg_pool2d_forward": (_IMAGE,),
     "global_avg_pool2d_backward": (_numbers(2, 5), _IMAGE.shape),
     "cross_entropy": (_ROWS, _labels(), 0.1),
+    "classifier": (_numbers(6, 2, 3, 5), _numbers(5, 10), _ROWS[0], _labels(), 0.1),
+    "classifier_inference": (_numbers(6, 2, 3, 5), _numbers(5, 10), _ROWS[0], _labels(), 0.1),
 }  # fmt: skip
 UPDATING = {"accumulate", "sgd", "augment", "cast"}  # below; or never on bfloat16
 

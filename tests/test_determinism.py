@@ -51,6 +51,10 @@ def cases(n):
         "max_pool2d": (lambda x: ops.max_pool2d(x, 3, 2, 1), image),
         "avg_pool2d": (lambda x: ops.avg_pool2d(x, 3, 2, 1), image),
         "cross_entropy": (lambda x: ops.cross_entropy(x, labels, 0.1), normal(16 * n, 7)),
+        "classifier_loss": (
+            lambda x, w, b: ops.classifier_loss(x, w, b, labels[:n], 0.1),
+            *(image, normal(17, 7), normal(7)),
+        ),
     }
     settings |= {name: (getattr(ops, name), *draws) for name, draws in calls.items()}
     return [Case(name, *settings[name]) for name in sorted(settings)]

@@ -353,6 +353,8 @@ class Function:
     self.kernels  the kernel table of the inputs' device
     self.needs    for each tensor input, whether its gradient is wanted; None may be returned for the others
     self.saved    whatever backward needs; freed when the sweep has passed
+    self.seeded   in backward: the sweep starts here, with a gradient of 1, and nothing is kept for another one. So a
+                  gradient that forward has worked out can be returned as it is
     `backward` takes the gradient of each output and returns one for each tensor input, of that input's shape and
     dtype. It must not write into what it is given, but into the gradient where self.owns_gradient says that nobody
     else holds it. Where it returns such or new arrays only, `fresh_gradients = True` spares a copy. Where it can add to
@@ -368,6 +370,7 @@ class Function:
     adds_gradients = False
     totals: Sequence[Array | None] = ()
     owns_gradient = False
+    seeded = False
     # What _record sets, and the sweep reads:
     order: int  # age; the newest has the smallest
     parents: list[tuple | None]  # by input: ((node or leaf, slot), shape, dtype), None where no gradient is wanted
@@ -511,6 +514,7 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
     observers = _context.get()[1]
     observer = observers[-1] if observers else None
     in_parts = _in_parts.get()
+    seeded = None if retain_graph or len(ys) != 1 or gradients[0] is not None else ys[0]._node
     node = None
     while heap:
         before, node = node, heapq.heappop(heap)[2]
@@ -524,6 +528,7 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
             totals = node.totals = [_total(arrived, parent) for parent in node.parents]
         try:
             dys = _output_gradients(node, arrived, wanted)
+            node.seeded = node is seeded and not node.hooks
             if observer:
                 observer.before_backward(node, dys)
             dxs = node.backward(*dys)

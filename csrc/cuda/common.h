@@ -70,6 +70,8 @@ void pool_kernels(Kernels<T>& table);
 template <class T>
 void loss_kernels(Kernels<T>& table);
 template <class T>
+void head_kernels(Kernels<T>& table);
+template <class T>
 void sgd_kernels(Kernels<T>& table);
 template <class T>
 void augment_kernels(Kernels<T>& table);

@@ -16,6 +16,7 @@ Kernels<T> gather() {
   batch_norm_kernels(table);
   pool_kernels(table);
   loss_kernels(table);
+  head_kernels(table);
   sgd_kernels(table);
   augment_kernels(table);
   return table;

@@ -8,8 +8,6 @@ namespace tinyres {
 
 constexpr double EPS = 1e-5, MOMENTUM = 0.1;
 
-using Doubles = std::vector<double>;
-
 template <class T>
 Doubles doubles(Array<T>& a) {
   Doubles y(std::size_t(a.size()));
@@ -50,17 +48,6 @@ struct Parameters {
 template <class T>
 void fill_inputs(Array<T>& a, unsigned seed, bool exact) {
   exact ? fill_integers(a, seed) : fill_uniform(a, seed);
-}
-
-// Runs a second time in another order of threads; the bits must be the same.
-template <class Run>
-void in_another_order(const Run& run) {
-  const char* schedule = std::getenv("TINYRES_SCHEDULE");
-  const std::string before = schedule ? schedule : "forward";
-  setenv("TINYRES_SCHEDULE", "random:42", 1);
-  run();
-  setenv("TINYRES_SCHEDULE", before.c_str(), 1);
-  wait();
 }
 
 }  // namespace tinyres

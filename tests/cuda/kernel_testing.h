@@ -80,9 +80,11 @@ void fill_nan(Array<T>& array) {
   std::memset(static_cast<void*>(array.data()), 0xff, std::size_t(array.size()) * sizeof(T));
 }
 
+using Doubles = std::vector<double>;
+
 // Whether got is want to within `ulps` steps of T at the size of the largest element; NaN only where NaN is wanted.
 template <class T>
-bool close(Array<T>& got, const std::vector<double>& want, double ulps) {
+bool close(Array<T>& got, const Doubles& want, double ulps) {
   double scale = 1;
   for (const double w : want) scale = std::isfinite(w) && std::fabs(w) > scale ? std::fabs(w) : scale;
   if (got.size() != int(want.size())) return false;
@@ -99,6 +101,17 @@ bool close(Array<T>& got, const std::vector<double>& want, double ulps) {
 template <class T>
 bool same_bits(Array<T>& a, Array<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), std::size_t(a.size()) * sizeof(T)) == 0;
+}
+
+// Runs a second time in another order of threads; the bits must be the same.
+template <class Run>
+void in_another_order(const Run& run) {
+  const char* schedule = std::getenv("TINYRES_SCHEDULE");
+  const std::string before = schedule ? schedule : "forward";
+  setenv("TINYRES_SCHEDULE", "random:42", 1);
+  run();
+  setenv("TINYRES_SCHEDULE", before.c_str(), 1);
+  wait();
 }
 
 }  // namespace tinyres

@@ -695,9 +695,28 @@ PARTS = [
         "tests/ops/test_loss.py -k 'emulated'",
         "tests/test_cuda.py -k 'kernels and loss'",
         [
-            Mutant("the gradient of the sum of rows", "inverse - target) / double(N)", "inverse - target)"),
             Mutant("the loss adds the rows up", "*loss = W(sum / double(N));", "*loss = W(sum);"),
         ],
+    ),
+    Part(
+        "head, cuda",
+        "csrc/cuda/head.cu",
+        "tests/ops/test_head.py -k 'emulated'",
+        "tests/test_cuda.py -k 'kernels and head'",
+        [
+            Mutant("the mean of a block's first image alone", "first ? W(0) : dw[i]", "true ? W(0) : dw[i]"),
+            Mutant("the last of equal logits", "a.index < b.index ? a : b", "a.index > b.index ? a : b"),
+            Mutant("the gradient of a pixel is that of the mean", "f[c] = sum / W(HW);\n    }", "f[c] = sum;\n    }"),
+            Mutant("the block before the last adds up", "double(gridDim.x - 1)", "double(gridDim.x - 2)"),
+            Mutant("the ticket is left as it is", "atomicAdd(&metrics[3], -double(gridDim.x));", ""),
+        ],
+    ),
+    Part(
+        "cross-entropy of a row, cuda",
+        "csrc/cuda/cross_entropy.h",
+        "tests/ops/test_loss.py -k 'emulated'",
+        "tests/test_cuda.py -k 'kernels and loss'",
+        [Mutant("the gradient of the sum of rows", "inverse - target) / double(N)", "inverse - target)")],
     ),
     Part(
         "elementwise, cpu",

@@ -523,6 +523,28 @@ class Adapter:
         self.extension.cross_entropy(loss, dlogits, self.contiguous(logits), labels, smoothing)
         return loss, dlogits
 
+    def _classifier(self, dx, dw, db, x, w, b, labels, smoothing, metrics):
+        loss = self.empty((), wide(x.dtype))
+        if metrics is None:
+            metrics = self.empty((4,), np.float64)
+            self.extension.fill(metrics, 0)
+        x, w, b = self.contiguous(x), self.contiguous(w), self.contiguous(b)
+        labels = self.xp.ascontiguousarray(labels)
+        self.extension.classifier(loss, dx, dw, db, metrics, x, w, b, labels, smoothing)
+        return loss
+
+    def classifier(self, x, w, b, labels, smoothing, metrics=None, parts=False):
+        if not hasattr(self.extension, "classifier"):
+            return compose.classifier(self, x, w, b, labels, smoothing, metrics, parts)
+        lead = (self.extension.classifier_parts(len(x), *w.shape),) if parts else ()
+        dx, (dw, db) = self._like(x), (self.empty((*lead, *a.shape), wide(x.dtype)) for a in (w, b))
+        return self._classifier(dx, dw, db, x, w, b, labels, smoothing, metrics), dx, dw, db
+
+    def classifier_inference(self, x, w, b, labels, smoothing, metrics=None):
+        if not hasattr(self.extension, "classifier"):
+            return compose.classifier_inference(self, x, w, b, labels, smoothing, metrics)
+        return self._classifier(None, None, None, x, w, b, labels, smoothing, metrics)
+
     def sgd(self, weights, velocities, gradients, decays, lr, momentum, nesterov, copies=None):
         self.extension.sgd(weights, velocities, gradients, decays, lr, momentum, nesterov, copies)
 

@@ -3,6 +3,7 @@
 They state what a fused kernel means, and are what the tests hold it to. `self` is the device's kernel table.
 """
 
+from tinyres import dtypes
 from tinyres.backend import norm as norms
 
 
@@ -93,3 +94,19 @@ def block_output_backward(self, dy, norm, overwrite=False):
         dz = None
         dx, *parameters = self.batch_norm_relu_backward(dy, x, gamma, norm.beta, *statistics, overwrite=overwrite)
     return norms.Gradient(norm, dz, None, dx, *parameters)
+
+
+def classifier(self, x, w, b, labels, smoothing, metrics=None, parts=False):
+    to = dtypes.wide(x.dtype)
+    features, w = self.global_avg_pool2d_forward(self.cast(x, to)), self.cast(w, to)
+    logits = self.add(self.matmul(features, w), self.cast(b, to))
+    loss, dlogits = self.cross_entropy(logits, labels, smoothing)
+    if metrics is not None:
+        metrics += [loss * len(labels), (logits.argmax(1) != labels).sum(), len(labels), 0]
+    dx = self.global_avg_pool2d_backward(self.matmul(dlogits, w, transpose_b=True), x.shape)
+    dw, db = self.matmul(features, dlogits, transpose_a=True), self.sum(dlogits, (0,), False)
+    return loss, self.cast(dx, x.dtype), dw[None] if parts else dw, db[None] if parts else db
+
+
+def classifier_inference(self, x, w, b, labels, smoothing, metrics=None):
+    return self.classifier(x, w, b, labels, smoothing, metrics)[0]

@@ -109,6 +109,11 @@ FUSED = {
     "zeros before its own and others behind",
     "block_output_backward": "(dy, norm, overwrite=False) -> Gradient of norm, from the gradient by its activation; dz "
     "may lie over dy if overwrite",
+    "classifier": "(x (N, H, W, C), w (C, K), b (K,), labels, smoothing, metrics=None, parts=False) -> loss, dx, dw, "
+    "db: cross_entropy of global_avg_pool2d_forward(x) @ w + b, and its gradients; where `parts`, dw and db have an "
+    "axis of parts before their own, to be added up. metrics (4,) float64, updated in place: + losses of all images, "
+    "+ images whose argmax is not the label, + images; the last stays 0",
+    "classifier_inference": "(x, w, b, labels, smoothing, metrics=None) -> loss",
 }
 
 # Those that take Norms, and compose kernels that round by themselves.
@@ -121,5 +126,6 @@ WIDE = {
     **dict.fromkeys(("batch_norm_forward", "batch_norm_relu_forward", "batch_norm_add_relu_forward"), (1, 2)),
     **dict.fromkeys(("batch_norm_backward", "batch_norm_relu_backward", "batch_norm_inference_backward"), (1, 2)),
     "batch_norm_add_relu_backward": (2, 3),
-    "cross_entropy": (0,),
+    **dict.fromkeys(("cross_entropy", "classifier_inference"), (0,)),
+    "classifier": (0, 2, 3),
 }

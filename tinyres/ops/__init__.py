@@ -22,6 +22,7 @@ from tinyres.ops.elementwise import (
     sub,
     tanh,
 )
+from tinyres.ops.head import classifier_loss
 from tinyres.ops.linear import linear, matmul
 from tinyres.ops.loss import cross_entropy
 from tinyres.ops.pool import avg_pool2d, global_avg_pool2d, max_pool2d
@@ -30,10 +31,10 @@ from tinyres.ops.residual import add_relu
 from tinyres.ops.shape import concatenate, flatten, getitem, pad, reshape, transpose
 
 __all__ = [
-    "add", "add_relu", "avg_pool2d", "batch_norm", "batch_norm_add_relu", "batch_norm_relu", "cast", "concatenate",
-    "conv2d", "conv2d_add_relu", "conv2d_relu", "cross_entropy", "div", "dropout", "exp", "flatten", "getitem",
-    "global_avg_pool2d", "linear", "log", "matmul", "max", "max_pool2d", "maximum", "mean", "mul", "neg", "pad", "pow",
-    "relu", "reshape", "sigmoid", "sqrt", "sub", "sum", "tanh", "transpose",
+    "add", "add_relu", "avg_pool2d", "batch_norm", "batch_norm_add_relu", "batch_norm_relu", "cast", "classifier_loss",
+    "concatenate", "conv2d", "conv2d_add_relu", "conv2d_relu", "cross_entropy", "div", "dropout", "exp", "flatten",
+    "getitem", "global_avg_pool2d", "linear", "log", "matmul", "max", "max_pool2d", "maximum", "mean", "mul", "neg",
+    "pad", "pow", "relu", "reshape", "sigmoid", "sqrt", "sub", "sum", "tanh", "transpose",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinyres.autograd import Function, Tensor
-from tinyres.backend import Array
+from tinyres.backend import Array, Device
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, expect
 from tinyres.ops import checks
 from tinyres.ops.cast import widened
@@ -39,24 +39,30 @@ def cross_entropy(logits: Tensor, labels: Tensor | Array | Sequence[int], label_
     op = "cross_entropy"
     checks.operands(op, logits=logits)
     checks.rank(op, "logits", logits, "NK")
+    N, K = logits.shape
+    array = checked_labels(op, labels, N, K, logits.device)
+    smoothing = checks.fraction(op, "label_smoothing", label_smoothing, one=True)
+    return CrossEntropy.apply(logits, labels=array, smoothing=smoothing)
+
+
+def checked_labels(op: str, labels: Tensor | Array | Sequence[int], N: int, K: int, device: Device) -> Array:
+    """`labels` of N images and K classes, as `cross_entropy` takes them, as an int64 array of the device."""
     array: Any = labels.data if isinstance(labels, Tensor) else labels
     if isinstance(array, (list, tuple)):
         try:
             array = np.asarray(array)
         except ValueError as error:
-            raise ShapeError(f"[{op}] labels must be one per row of logits ({error})") from None
+            raise ShapeError(f"[{op}] labels must be integers, one an image ({error})") from None
     expect(
-        isinstance(array, np.ndarray) or logits.device.owns(array),
+        isinstance(array, np.ndarray) or device.owns(array),
         op,
-        "labels must be an array of the host or on the device of logits",
+        "labels must be an array of the host or on the device of the images",
         DeviceError,
         labels=type(array).__name__,
     )
     expect(array.dtype.kind in "iu", op, "labels must be integers", DtypeError, labels=array.dtype)
-    N, K = logits.shape
-    expect(array.shape == (N,), op, "labels must be one per row of logits", logits=logits.shape, labels=array.shape)
+    expect(array.shape == (N,), op, "labels must be one an image", images=N, labels=array.shape)
     if isinstance(array, np.ndarray):
         low, high = int(array.min()), int(array.max())
         expect(0 <= low and high < K, op, f"labels must be in 0 .. {K - 1}", ArgumentError, smallest=low, largest=high)
-    smoothing = checks.fraction(op, "label_smoothing", label_smoothing, one=True)
-    return CrossEntropy.apply(logits, labels=logits.device.asarray(array, np.int64), smoothing=smoothing)
+    return device.asarray(array, np.int64)
