@@ -1214,6 +1214,43 @@ void augment(const Array& x, const Array& images, const Array& index, const Arra
   });
 }
 
+void augment_step(const Array& x, const Array& batch_labels, const Array& images, const Array& labels,
+                  const Array& order, const Array& counter, const Array& mean, const Array& scale, std::uint64_t key,
+                  i64 batch_size, i64 steps_per_epoch, std::optional<i64> padding) {
+  const Call call("augment_step");
+  call.rank("x", x, 4);
+  call.rank("images", images, 4);
+  call.rank("order", order, 1);
+  call.typed(x, [&](auto zero) {
+    using T = decltype(zero);
+    const py::ssize_t N = x.shape(0), L = images.shape(0), H = x.shape(1), W = x.shape(2), C = x.shape(3);
+    T* const xp = call.out<T>("x", x, Shape(x));
+    i64* const batch_labels_p = call.out<i64>("batch_labels", batch_labels, {N});
+    const std::uint8_t* const images_p = call.in<std::uint8_t>("images", images, {L, H, W, C});
+    const i64* const labels_p = call.in<i64>("labels", labels, {L});
+    const i64* const order_p = call.in<i64>("order", order, Shape(order));
+    i64* const counter_p = call.out<i64>("counter", counter, {2});
+    const float* const mean_p = call.in<float>("mean", mean, {H, W, C});
+    const float* const scale_p = call.in<float>("scale", scale, {C});
+    call.expect(x.size() > 0 && N <= INT32_MAX && H * W * C <= INT32_MAX,
+                "x must have an element, and N and H W C be under 2**31");
+    call.expect(N <= batch_size, "x must have at most batch_size images");
+    call.expect(steps_per_epoch >= 1 && order.size() >= 1 && steps_per_epoch - 1 <= (order.size() - 1) / batch_size,
+                "each step of an epoch must have an image in order");
+    call.expect(!padding || (*padding >= 0 && *padding <= MAX_WINDOW), "padding must lie between 0 and 2**20");
+    if constexpr (ON_HOST) {
+      call.expect(counter_p[0] >= 0 && counter_p[1] == 0, "counter must hold a step, which is not negative, and a 0");
+      const i64 first = counter_p[0] % steps_per_epoch * batch_size;
+      call.expect(N <= order.size() - first, "order must have that many images for the step");
+      call.expect(all_below(order_p + first, N, L), "order must lie between 0 and the number of images - 1");
+    }
+    const BatchPlan plan{N, batch_size, steps_per_epoch, padding.has_value(), padding.value_or(0), key};
+    const NoGil released;
+    kernels<T>().augment_step(xp, batch_labels_p, images_p, labels_p, order_p, counter_p, mean_p, scale_p, plan, H, W,
+                              C);
+  });
+}
+
 }  // namespace
 
 inline void define_kernels(py::module_& module) {
@@ -1265,6 +1302,7 @@ inline void define_kernels(py::module_& module) {
   }
   module.def("sgd", &sgd);
   module.def("augment", &augment);
+  module.def("augment_step", &augment_step);
 }
 
 }  // namespace tinyres

@@ -143,6 +143,17 @@ struct SgdRule {
   bool nesterov;
 };
 
+// ---- for batches of a step that the device counts ------------------------------------------------------------------
+
+// The images of step s: order[s % steps_per_epoch * batch_size + i] for i < N. Where `augment`, draw s under `key`
+// moves and flips them; `padding` pixels of zeros around an image are what it may move into.
+struct BatchPlan {
+  i64 N, batch_size, steps_per_epoch;
+  bool augment;
+  i64 padding;
+  std::uint64_t key;
+};
+
 template <class T>
 struct Kernels {
   // elementwise.cpp ------------------------------------------------------------------------------------------
@@ -254,6 +265,10 @@ struct Kernels {
   // The shift applies to the image after the flip.
   void (*augment)(T* x, const std::uint8_t* images, const i64* index, const std::int32_t* top, const std::int32_t* left,
                   const std::uint8_t* flip, const float* mean, const float* scale, i64 N, i64 H, i64 W, i64 C);
+  // x (N, H, W, C) and batch_labels (N) of step counter[0], which becomes the next one; counter[1] is 0, and counts
+  // blocks.
+  void (*augment_step)(T* x, i64* batch_labels, const std::uint8_t* images, const i64* labels, const i64* order,
+                       i64* counter, const float* mean, const float* scale, const BatchPlan& plan, i64 H, i64 W, i64 C);
 };
 
 // The table in use. The CPU's is chosen by dispatch.cpp, CUDA's is gathered in cuda/table.cu, for bf16 too.

@@ -30,6 +30,13 @@ TINYRES_ANYWHERE static inline Block block(std::uint64_t number, std::uint64_t k
   return {{c0, c1, c2, c3}};
 }
 
+// Number i of a draw of doubles in [0, 1), of 53 bits: from words 2 i and 2 i + 1, as Python's uniform has it.
+TINYRES_ANYWHERE static inline double uniform(i64 i, std::uint64_t key, std::uint64_t draw) {
+  const Block bits = block(std::uint64_t(i) / 2, key, draw);
+  const std::uint64_t high = i % 2 ? bits.word[2] : bits.word[0], low = i % 2 ? bits.word[3] : bits.word[1];
+  return double((high >> 5 << 26) + (low >> 6)) * 0x1p-53;
+}
+
 // The first n words of a draw.
 static inline void philox_fill(std::uint32_t* out, i64 n, std::uint64_t key, std::uint64_t draw) {
   for (i64 i = 0; i < n; i += 4) {

@@ -78,7 +78,7 @@ CALLS = {
     "classifier": (_numbers(6, 2, 3, 5), _numbers(5, 10), _ROWS[0], _labels(), 0.1),
     "classifier_inference": (_numbers(6, 2, 3, 5), _numbers(5, 10), _ROWS[0], _labels(), 0.1),
 }  # fmt: skip
-UPDATING = {"accumulate", "sgd", "augment", "cast"}  # below; or never on bfloat16
+UPDATING = {"accumulate", "sgd", "augment", "augment_step", "cast"}  # below; or never on bfloat16
 
 
 def _doubled(value):

@@ -134,4 +134,19 @@ def augment(
     scale: ndarray,
     /,
 ) -> None: ...
+def augment_step(
+    x: ndarray,
+    batch_labels: ndarray,
+    images: ndarray,
+    labels: ndarray,
+    order: ndarray,
+    counter: ndarray,
+    mean: ndarray,
+    scale: ndarray,
+    key: int,
+    batch_size: int,
+    steps_per_epoch: int,
+    padding: int | None,
+    /,
+) -> None: ...
 def philox(out: ndarray, key: int, draw: int, /) -> None: ...

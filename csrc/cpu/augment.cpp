@@ -1,5 +1,8 @@
 // A batch from uint8 images: picked by index, normalised, flipped, moved. What the shift brings in from outside of the
 // image is zero after normalisation, as the papers pad.
+#include <math.h>
+
+#include "../random.h"
 #include "vec.h"
 
 namespace tinyres::TINYRES_TARGET {
@@ -49,11 +52,33 @@ void augment(T* x, const std::uint8_t* images, const i64* index, const std::int3
   });
 }
 
+template <class T>
+void augment_step(T* x, i64* batch_labels, const std::uint8_t* images, const i64* labels, const i64* order,
+                  i64* counter, const float* mean, const float* scale, const BatchPlan& plan, i64 H, i64 W, i64 C) {
+  const i64 N = plan.N, step = counter[0];
+  const i64* const index = order + step % plan.steps_per_epoch * plan.batch_size;
+  Scratch<std::int32_t> top(N), left(N);
+  Scratch<std::uint8_t> flip(N);
+  const auto draw = [&](i64 i) { return philox::uniform(i, plan.key, std::uint64_t(step)); };
+  const auto shift = [&](i64 i) {
+    return std::int32_t(::floor(draw(i) * double(2 * plan.padding + 1))) - std::int32_t(plan.padding);
+  };
+  for (i64 n = 0; n < N; n++) {  // top, left and flip, each for all images of the batch, one behind the other
+    top[n] = plan.augment ? shift(n) : 0;
+    left[n] = plan.augment ? shift(N + n) : 0;
+    flip[n] = plan.augment && draw(2 * N + n) < 0.5;
+    batch_labels[n] = labels[index[n]];
+  }
+  augment(x, images, index, top.get(), left.get(), flip.get(), mean, scale, N, H, W, C);
+  counter[0] = i64(std::uint64_t(step) + 1);
+}
+
 }  // namespace
 
 template <class T>
 void augment_kernels(Kernels<T>& table) {
   table.augment = augment<T>;
+  table.augment_step = augment_step<T>;
 }
 
 template void augment_kernels<float>(Kernels<float>&);

@@ -80,9 +80,65 @@ void test() {
   CHECK(thrown);
 }
 
+// A step's batch is that of `augment` with the moves drawn here, from the words of the generator.
+template <class T>
+void check_step(i64 step, int N, int batch_size, int steps_per_epoch, bool augmented, int H, int W, int C) {
+  constexpr int L = 7, PADDING = 4;
+  const std::uint64_t key = 0x0123456789abcdef;
+  const int image = H * W * C;
+  Array<std::uint8_t> images(L * image), flip(N);
+  Array<i64> labels(L), order(batch_size * steps_per_epoch), index(N), got_labels(N, -1), counter(2);
+  Array<std::int32_t> top(N), left(N);
+  Array<float> mean(image), scale(C);
+  fill_uniform(mean, 1);
+  fill_uniform(scale, 2);
+  for (int i = 0; i < images.size(); i++) images[i] = std::uint8_t(i * 37 + i / 256);
+  for (int i = 0; i < L; i++) labels[i] = 100 - i;
+  for (int i = 0; i < order.size(); i++) order[i] = i * 5 % L;
+  Array<u32> words(6 * N + 4);
+  philox::philox_fill(words.data(), words.size(), key, u64(step));
+  const auto draw = [&](int i) {
+    return (std::floor(words[2 * i] / 32.0) * 0x1p26 + std::floor(words[2 * i + 1] / 64.0)) * 0x1p-53;
+  };
+  for (int i = 0; i < 3 * N; i++) CHECK(philox::uniform(i, key, u64(step)) == draw(i));
+  for (int n = 0; n < N; n++) {
+    index[n] = order[int(step % steps_per_epoch) * batch_size + n];
+    top[n] = augmented ? int(std::floor(draw(n) * (2 * PADDING + 1))) - PADDING : 0;
+    left[n] = augmented ? int(std::floor(draw(N + n) * (2 * PADDING + 1))) - PADDING : 0;
+    flip[n] = augmented && draw(2 * N + n) < 0.5;
+  }
+  Array<T> want(N * image), x(N * image);
+  fill_nan(x);
+  counter[0] = step;
+  Kernels<T> k{};
+  augment_kernels(k);
+  k.augment(want.data(), images.data(), index.data(), top.data(), left.data(), flip.data(), mean.data(), scale.data(),
+            N, H, W, C);
+  const BatchPlan plan{N, batch_size, steps_per_epoch, augmented, PADDING, key};
+  k.augment_step(x.data(), got_labels.data(), images.data(), labels.data(), order.data(), counter.data(), mean.data(),
+                 scale.data(), plan, H, W, C);
+  wait();
+  CHECK(same_bits(x, want));
+  CHECK(u64(counter[0]) == u64(step) + 1 && counter[1] == 0);
+  for (int n = 0; n < N; n++) CHECK(got_labels[n] == labels[int(index[n])]);
+}
+
+template <class T>
+void test_steps() {
+  for (const bool augmented : {false, true}) {
+    check_step<T>(0, 1, 1, 1, augmented, 1, 1, 1);
+    check_step<T>(5, 6, 6, 3, augmented, 8, 9, 3);
+    check_step<T>((i64(1) << 33) + 1, 3, 5, 2, augmented, 5, 4, 2);
+    check_step<T>(INT64_MAX, 40, 40, 2, augmented, 2, 3, 1);
+  }
+}
+
 }  // namespace
 
 int main() {
+  test_steps<float>();
+  test_steps<double>();
+  test_steps<bf16>();
   test<float>();
   test<double>();
   test<bf16>();

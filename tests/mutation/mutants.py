@@ -760,6 +760,12 @@ PARTS = [
             Mutant("the mean is not flipped with the image", "T(mean[source + c])", "T(mean[w * C + c])"),
             Mutant("the row under the image is the next image's", "source >= H", "source > H"),
             Mutant("flipped first, then moved the other way", "(W - 1 - (w + left)) * C", "(W - 1 - (w - left)) * C"),
+            Mutant(
+                "left is drawn as top is",
+                "plan.augment ? shift(N + n) : 0",
+                "plan.augment ? shift(n) : 0",
+                "tests/ops/test_augment_step.py -k cpu",
+            ),
         ],
     ),
     Part(
@@ -772,6 +778,18 @@ PARTS = [
                 "the mean is not flipped with the image",
                 "Wide<T>(mean[from])",
                 "Wide<T>(mean[(row * W + column) * C + c])",
+            ),
+            Mutant(
+                "images drawn one by one",
+                "thread * plan.N + n",
+                "n * 3 + thread",
+                "tests/ops/test_augment_step.py -k emulated",
+            ),
+            Mutant(
+                "the step stays",
+                "counter[0] = i64(u64(step) + 1)",
+                "counter[0] = step",
+                "tests/ops/test_augment_step.py",
             ),
         ],
     ),

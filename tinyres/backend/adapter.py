@@ -552,3 +552,11 @@ class Adapter:
         x = self.empty((len(index), *images.shape[1:]), np.float32)
         self.extension.augment(x, images, index, top, left, flip, mean, scale)
         return x
+
+    def augment_step(
+        self, images, labels, order, counter, mean, scale, key, batch_size, steps_per_epoch, n, dtype, padding
+    ):
+        x, batch_labels = self.empty((n, *images.shape[1:]), dtype), self.empty((n,), np.int64)
+        arrays = images, labels, order, counter, mean, scale
+        self.extension.augment_step(x, batch_labels, *arrays, key, batch_size, steps_per_epoch, padding)
+        return x, batch_labels

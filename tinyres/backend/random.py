@@ -38,6 +38,12 @@ def philox(key: int, draw: int, blocks: int) -> np.ndarray:
     return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
 
 
+def uniform(bits: np.ndarray) -> np.ndarray:
+    """float64 numbers in [0, 1), with all 53 bits, from two words of `bits` each."""
+    high, low = bits.reshape(-1, 2).T.astype(np.float64)
+    return (np.floor(high / 32) * 2.0**26 + np.floor(low / 64)) * 2.0**-53
+
+
 def _splitmix64(x):
     """Mix a 64-bit integer so that near seeds give far keys (Steele et al., OOPSLA 2014)."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK64
@@ -63,8 +69,7 @@ class Stream:
 
     def uniform(self, draw: int, n: int) -> np.ndarray:
         """n float64 numbers in [0, 1), with all 53 bits."""
-        high, low = self.bits(draw, 2 * n).reshape(n, 2).T.astype(np.float64)
-        return (np.floor(high / 32) * 2.0**26 + np.floor(low / 64)) * 2.0**-53
+        return uniform(self.bits(draw, 2 * n))
 
     def normal(self, draw: int, n: int) -> np.ndarray:
         """n float64 numbers from N(0, 1) (Box-Muller)."""

@@ -6,7 +6,7 @@ N batch, H W input size, C channels, K filters, R S window, P Q output size.
 
 import numpy as np
 
-from tinyres.backend.random import philox
+from tinyres.backend.random import philox, uniform
 
 # elementwise --------------------------------------------------------------------------------------------------
 
@@ -330,3 +330,15 @@ def augment(images, index, top, left, flip, mean, scale):
     inside = ((rows >= 0) & (rows < H))[:, :, None] & ((columns >= 0) & (columns < W))[:, None, :]
     moved = x[np.arange(len(x))[:, None, None], rows.clip(0, H - 1)[:, :, None], columns.clip(0, W - 1)[:, None, :]]
     return np.where(inside[..., None], moved, np.float32(0))
+
+
+def augment_step(images, labels, order, counter, mean, scale, key, batch_size, steps_per_epoch, n, dtype, padding):
+    step = int(counter[0])
+    first = step % steps_per_epoch * batch_size
+    index, (top, left, flip) = order[first : first + n], np.zeros((3, n), np.int32)
+    if padding is not None:
+        top, left, flip = uniform(philox(key, step, -(-3 * n // 2)).reshape(-1)[: 6 * n]).reshape(3, n)
+        top, left = (np.floor(draw * (2 * padding + 1)).astype(np.int32) - padding for draw in (top, left))
+        flip = flip < 0.5
+    counter[:1] += 1
+    return augment(images, index, top, left, flip, mean, scale).astype(dtype), labels[index]

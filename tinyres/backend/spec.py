@@ -81,6 +81,11 @@ MANDATORY = {
     "augment": "(images (L, H, W, C) uint8, index (N,) int64, top, left (N,) int32, flip (N,) uint8, mean (H, W, C) "
     "float32, scale (C,) float32) -> x (N, H, W, C) float32: (image - mean) * scale, flipped left to right where "
     "flip, then moved: x[h, w] = image[h + top, w + left], zero outside",
+    "augment_step": "(images, labels (L,) int64, order int64, counter (2,) int64, mean, scale, key, batch_size, "
+    "steps_per_epoch, n, dtype, padding) -> x (n, H, W, C) float32 or bfloat16, labels (n,): of step s = counter[0], "
+    "which is counted on in place; counter[1] is 0. The images are order[s % steps_per_epoch * batch_size + i], i < n. "
+    "With padding an int, not None, draw s under key makes top and left floor(u (2 padding + 1)) - padding and flip "
+    "u < 0.5, as data.Loader draws",
 }
 
 FUSED = {
