@@ -5,7 +5,7 @@
 //
 // Before this header, the including file defines in namespace tinyres:
 //   Array                       pybind11's NumPy array, or another type with the members used here
-//   constexpr bool ON_HOST      whether the bindings may read the elements, to check indices among them
+//   bool readable()             whether the bindings may read the elements now, to check indices among them
 //   constexpr bool BFLOAT16     whether there is a table for bf16; else its kernels are those of float (see Call)
 //   void begin_call()           called first by every binding
 #pragma once
@@ -928,7 +928,7 @@ void max_pool2d_backward(const Array& dx, const Array& dy, const Array& argmax, 
     T* const dxp = call.out<T>("dx", dx, Shape(dx));
     const T* const dyp = call.in<T>("dy", dy, Shape(dy));
     const std::int32_t* const ip = call.in<std::int32_t>("argmax", argmax, Shape(dy));
-    call.expect(!ON_HOST || inside(ip, s), "argmax must lie inside of the window and of the image");
+    call.expect(!readable() || inside(ip, s), "argmax must lie inside of the window and of the image");
     if (s.N == 0) return;
     const NoGil released;
     kernels<T>().max_pool2d_backward(dxp, dyp, ip, s);
@@ -1106,7 +1106,7 @@ void cross_entropy(const Array& loss, const Array& dlogits, const Array& logits,
     T* const dlogits_p = call.out<T>("dlogits", dlogits, {N, K});
     const T* const logits_p = call.in<T>("logits", logits, {N, K});
     const i64* const labels_p = call.in<i64>("labels", labels, {N});
-    call.expect(!ON_HOST || all_below(labels_p, N, K), "labels must lie between 0 and K - 1");
+    call.expect(!readable() || all_below(labels_p, N, K), "labels must lie between 0 and K - 1");
     const NoGil released;
     kernels<T>().cross_entropy(loss_p, dlogits_p, logits_p, labels_p, smoothing, N, K);
   });
@@ -1144,8 +1144,8 @@ void classifier(const Array& loss, const OptionalArray& dx, const OptionalArray&
     const T* const wp = call.in<T>("w", w, {C, K});
     const T* const bp = call.in<T>("b", b, {K});
     const i64* const labels_p = call.in<i64>("labels", labels, {N});
-    call.expect(!ON_HOST || all_below(labels_p, N, K), "labels must lie between 0 and K - 1");
-    call.expect(!ON_HOST || metrics_p[3] == 0, "the last element of metrics must be 0");
+    call.expect(!readable() || all_below(labels_p, N, K), "labels must lie between 0 and K - 1");
+    call.expect(!readable() || metrics_p[3] == 0, "the last element of metrics must be 0");
     const NoGil released;
     kernels<T>().classifier(loss_p, dx_p, dw_p, db_p, metrics_p, xp, wp, bp, labels_p, smoothing, parts, N, HW, C, K);
   });
@@ -1207,7 +1207,7 @@ void augment(const Array& x, const Array& images, const Array& index, const Arra
     const std::uint8_t* const flip_p = call.in<std::uint8_t>("flip", flip, {N});
     const float* const mean_p = call.in<float>("mean", mean, {H, W, C});
     const float* const scale_p = call.in<float>("scale", scale, {C});
-    call.expect(!ON_HOST || all_below(index_p, N, L), "index must lie between 0 and the number of images - 1");
+    call.expect(!readable() || all_below(index_p, N, L), "index must lie between 0 and the number of images - 1");
     if (x.size() == 0) return;
     const NoGil released;
     kernels<T>().augment(xp, images_p, index_p, top_p, left_p, flip_p, mean_p, scale_p, N, H, W, C);
@@ -1238,7 +1238,7 @@ void augment_step(const Array& x, const Array& batch_labels, const Array& images
     call.expect(steps_per_epoch >= 1 && order.size() >= 1 && steps_per_epoch - 1 <= (order.size() - 1) / batch_size,
                 "each step of an epoch must have an image in order");
     call.expect(!padding || (*padding >= 0 && *padding <= MAX_WINDOW), "padding must lie between 0 and 2**20");
-    if constexpr (ON_HOST) {
+    if (readable()) {
       call.expect(counter_p[0] >= 0 && counter_p[1] == 0, "counter must hold a step, which is not negative, and a 0");
       const i64 first = counter_p[0] % steps_per_epoch * batch_size;
       call.expect(N <= order.size() - first, "order must have that many images for the step");

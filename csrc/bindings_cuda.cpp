@@ -26,8 +26,10 @@ namespace tinyres {
 
 #ifdef TINYRES_EMULATED
 constexpr bool ON_HOST = true;
+inline bool readable() { return !emulation::captured; }  // what is captured has not been worked out yet
 #else
 constexpr bool ON_HOST = false;
+inline bool readable() { return false; }
 #endif
 constexpr bool BFLOAT16 = true;
 

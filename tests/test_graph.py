@@ -385,6 +385,9 @@ def test_what_a_training_does_not_take():
         Training(model, optimizer, loader(device="cpu")).step(0, 0.1)
     with pytest.raises(ArgumentError, match="neither shuffle nor augment"):
         Evaluation(model, loader(device="cpu"))
+    with pytest.raises(ArgumentError, match="labels must be in 0 .. 8"):
+        fewer = nn.Sequential(nn.GlobalAvgPool2d(), nn.Linear(3, 9))
+        Training(fewer, optimizer, loader(device="cpu"))
     dropping = nn.Sequential(nn.Dropout(0.5), nn.GlobalAvgPool2d(), nn.Linear(3, 2))
     with pytest.raises(ArgumentError, match="dropout"):
         Training(dropping, optimizer, loader(device="cpu"))

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinyres import backend, dtypes, ops
+from tinyres import backend, dtypes
 from tinyres.autograd import gradients_in_parts, no_grad, tensor
 from tinyres.backend import Array, Device
 from tinyres.data import Loader
@@ -32,7 +32,8 @@ from tinyres.data.augment import PADDING
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, GraphError, expect
 from tinyres.nn import Dropout, GlobalAvgPool2d, Linear, Module, Sequential
 from tinyres.nn.module import home_of
-from tinyres.ops.cast import copies_kept
+from tinyres.ops.cast import copies_kept, lowered
+from tinyres.ops.head import ClassifierLoss
 from tinyres.optim import SGD
 from tinyres.options import get as options
 
@@ -122,7 +123,8 @@ class _Memory:
     """The allocator of a device for this thread in a `with` block: notes what is taken, and when it is given back.
 
     With an arena, what is taken number i lies there, at offsets[i].
-    uses  list of (bytes taken,) and of (-1 - i) where what was taken number i is given back
+    uses  in the order of time, as `plan` takes it; of what is given back between two takings the order is of no
+          account, and is that of their numbers
     """
 
     def __init__(self, kernels, arena=None, offsets=()):
@@ -153,7 +155,10 @@ class _Memory:
 
     def _given_back(self, number):
         if self.open:
-            self.uses.append(-1 - number)
+            at = len(self.uses)
+            while at and -1 - number < self.uses[at - 1] < 0:
+                at -= 1
+            self.uses.insert(at, -1 - number)
 
 
 def plan(uses: list[int]) -> tuple[list[int], int]:
@@ -320,6 +325,8 @@ class _Batches:
         rule = "the loader must make its batches on the model's device"
         expect(loader.device is self.device, op, rule, DeviceError, model=self.device, loader=loader.device)
         self.loader, self.head = loader, list(model)[-1]
+        classes, highest = self.head.weight.shape[1], int(loader.labels.max())
+        expect(highest < classes, op, f"labels must be in 0 .. {classes - 1}", ArgumentError, highest=highest)
         self.body = _without_head(model)
         self.dtype = dtypes.bfloat16() if options().precision == "bfloat16" else np.dtype(np.float32)
         asarray = self.device.asarray
@@ -362,13 +369,15 @@ class _Batches:
 
     def batch(self, size):
         loader = self.loader
-        settings = loader.augment_key, loader.batch_size, loader.steps_per_epoch, size, self.dtype
         arrays = loader.images, loader.labels, self.order, self.counter, loader.mean, loader.scale
+        settings = loader.augment_key, loader.batch_size, loader.steps_per_epoch, size, self.dtype
         return self.device.kernels.augment_step(*arrays, *settings, PADDING if loader.augment else None)
 
     def loss(self, x, labels):
-        features = self.body(tensor(x, device=self.device))
-        return ops.classifier_loss(features, self.head.weight, self.head.bias, labels, metrics=self.metrics)
+        features = lowered(self.body(tensor(x, device=self.device)))
+        # Not ops.classifier_loss, which in the host's memory looks at the labels: they were looked at in __init__.
+        given = {"labels": labels, "smoothing": 0.0, "metrics": self.metrics}
+        return ClassifierLoss.apply(features, self.head.weight, self.head.bias, **given)
 
     def take(self):
         loss, wrong, images, _ = self.device.numpy(self.metrics)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tinyres.autograd import Function, Tensor
+from tinyres.autograd import Function, Tensor, gradients_in_parts
 from tinyres.backend import Array
 from tinyres.errors import ArgumentError, DeviceError, DtypeError, ShapeError, expect
 from tinyres.ops import checks
-from tinyres.ops.cast import lowered, widened
+from tinyres.ops.cast import lowered, rounded, widened
 from tinyres.ops.loss import checked_labels
 
 LIMIT = 11000  # of C + 2 K, as in csrc/kernels.h
@@ -21,10 +21,10 @@ class ClassifierLoss(Function):
 
     def forward(self, x, w, b, labels, smoothing, metrics):
         k = self.kernels
-        w, b = k.cast(w, x.dtype), k.cast(b, x.dtype)  # as in conv2d.py
+        w, b = rounded(k, w, x.dtype), rounded(k, b, x.dtype)  # as in conv2d.py
         if True not in self.needs:
             return k.classifier_inference(x, w, b, labels, smoothing, metrics)
-        loss, *self.saved = k.classifier(x, w, b, labels, smoothing, metrics)
+        loss, *self.saved = k.classifier(x, w, b, labels, smoothing, metrics, gradients_in_parts.hold())
         return loss
 
     def backward(self, dy):
