@@ -5,7 +5,7 @@
 #
 # Needs a C++17 compiler, CMake, nvcc, and a Python ($PYTHON, default python3) with CuPy, NumPy, pybind11, safetensors,
 # tqdm, pytest and hypothesis; nothing is installed or fetched. Where there is PyTorch, it is measured beside. Training
-# takes CIFAR-10 from $TINYRES_DATA, else the built-in shapes10. Every step has a time limit, 25 minutes in all, and
+# takes CIFAR-10 from $TINYRES_DATA, else the built-in shapes10. Every step has a time limit, 28 minutes in all, and
 # leaves a log in OUT; a step that fails does not stop the others, but shows in the table and in the exit status.
 set -u
 cd "$(dirname "$0")/.."
@@ -70,17 +70,17 @@ step build 240 bash -c 'cmake -S . -B build/in_place -DTINYRES_CUDA=ON -DPython_
   ${1:+-DCMAKE_CUDA_ARCHITECTURES=$1} -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/tinyres" &&
   cmake --build build/in_place --parallel "$(nproc)"' "$python" "$capability"
 step programs 150 bash -c 'build_and_run_programs "$0"' "$programs"
-step tests_on_gpu 210 "$python" -m pytest -q -p no:cacheprovider -k cuda --ignore=tests/test_cuda.py tests
+step tests_on_gpu 200 "$python" -m pytest -q -p no:cacheprovider -k cuda --ignore=tests/test_cuda.py tests
 step limits 50 "$python" benchmarks/limits.py --device cuda --json "$out/limits.json"
 step train_step 120 "$python" benchmarks/train_step.py --device cuda --steps 20 --against "$against" \
   --json "$out/train_step.json"
-step kernels 200 "$python" benchmarks/kernels.py --device cuda --rounds 5 --against "$against" \
+step kernels 180 "$python" benchmarks/kernels.py --device cuda --rounds 5 --against "$against" \
   --json "$out/kernels.json"
-step whole_step 100 "$python" benchmarks/whole_step.py --json "$out/whole_step.json"
+step whole_step 90 "$python" benchmarks/whole_step.py --json "$out/whole_step.json"
 step whole_step_1024 30 "$python" benchmarks/whole_step.py --depths 20 --batch-sizes 1024 --precisions bfloat16 \
   --json "$out/whole_step_1024.json"
 for conv in naive tiled mma direct; do # the ladder of convolutions
-  step "conv_$conv" 50 "$python" benchmarks/kernels.py conv2d --device cuda --rounds 3 --conv "$conv" \
+  step "conv_$conv" 45 "$python" benchmarks/kernels.py conv2d --device cuda --rounds 3 --conv "$conv" \
     --against "$against" --json "$out/conv_$conv.json"
 done
 step training 100 "$python" examples/cifar_resnet.py --device cuda --recipe quick --precision bfloat16 \

@@ -223,6 +223,9 @@ def main():
         parts = {"model": model, "optimizer": optimizer, "running": running}
         run.save(**parts, warming=warming, recent_error=recent_error)
 
+    def last_batch():
+        return train_loader.batch(run.step - 1)[0]
+
     def collect():
         """What the steps of a graph have summed up goes to `running`; returns how many images were wrong."""
         if not training:
@@ -270,7 +273,7 @@ def main():
             if run.step % steps_per_epoch == 0 or run.step == total:
                 collect()
                 train_loss, train_error = running.loss, running.error  # waits for the epoch's last steps
-                check_finite(train_loss, model, train_loader.batch(run.step - 1)[0], run.step)
+                check_finite(train_loss, model, last_batch, run.step)
                 elapsed = watch.lap()
                 running.seconds += elapsed
                 if run.step == total and args.recompute_bn:
@@ -305,8 +308,7 @@ def main():
                 watch.lap()
         if saved_step != run.step:
             collect()
-            # Before a good checkpoint is replaced
-            check_finite(running.loss, model, train_loader.batch(run.step - 1)[0], run.step)
+            check_finite(running.loss, model, last_batch, run.step)  # before a good checkpoint is replaced
             save_checkpoint()
 
     if interrupt.signal and run.step < total:

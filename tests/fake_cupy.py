@@ -7,6 +7,7 @@ differ (the dtype of an array and a NumPy scalar), it refuses both.
 Behaviour after cupy/_core/core.pyx and _routines_indexing.pyx of CuPy 9 to 13.
 """
 
+import ctypes
 import operator
 
 import numpy
@@ -25,6 +26,9 @@ class _Memory:
 
     def __init__(self, host):
         self.ptr = host.ctypes.data
+
+    def __add__(self, offset):
+        return self.ptr + offset
 
 
 class _Flags:
@@ -255,3 +259,10 @@ def broadcast_to(array, shape):
         raise TypeError(f"Argument 'array' has incorrect type (expected ndarray, got {type(array).__name__})")
     host = numpy.broadcast_to(array._host, shape)
     return ndarray(numpy.lib.stride_tricks.as_strided(array._host, host.shape, host.strides))
+
+
+def placed(shape, dtype, memptr):
+    """cupy.ndarray(shape, dtype, memptr): an array at that address, which somebody else keeps."""
+    size = numpy.dtype(dtype).itemsize * int(numpy.prod(shape))
+    memory = (ctypes.c_char * size).from_address(memptr)
+    return ndarray(numpy.frombuffer(memory, numpy.uint8).view(dtype).reshape(shape))

@@ -300,5 +300,5 @@ def test_the_script_for_gpus_is_bash_and_ends_in_time():
     words = [line.split() for line in script.read_text().splitlines() if line.lstrip().startswith("step ")]
     limits = {name: int(seconds) for _, name, seconds, *_ in words}
     assert len(limits) > 10
-    convolutions = limits['"conv_$conv"']  # runs twice
-    assert sum(limits.values()) + convolutions <= 25 * 60
+    convolutions = limits['"conv_$conv"']  # runs four times
+    assert sum(limits.values()) + 3 * convolutions <= 28 * 60

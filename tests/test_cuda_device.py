@@ -3,6 +3,7 @@
 The kernels under it are the CUDA kernels compiled for the CPU, where they are built, and those of `cpu`.
 """
 
+import contextlib
 import copy
 import importlib
 import json
@@ -19,7 +20,7 @@ import pytest
 import fake_cupy
 import tinyres
 from op_case import DEVICES
-from tinyres import _cpu, backend, data, models, nn, ops, optim, train
+from tinyres import _cpu, backend, data, graph, models, nn, ops, optim, train
 from tinyres.backend import cuda
 from tinyres.backend.adapter import Adapter
 from tinyres.errors import (
@@ -397,7 +398,7 @@ def example(monkeypatch, tmp_path):
     monkeypatch.setattr(CountingLoader, "waited", [])
 
     def run(device, *arguments):
-        command = ["--device", device, "--depth", "8", "--batch-size", "8", "--recipe", "quick"]
+        command = ["--device", device, "--depth", "8", "--batch-size", "8", "--recipe", "quick", "--graph", "off"]
         monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *command, "--out", str(tmp_path / device), *arguments])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(EXAMPLE), run_name="__main__")
@@ -444,7 +445,8 @@ def test_the_example_resumes(gpu, example, tmp_path):
 def test_the_example_stops_on_nan(gpu, example):
     """Found where the loss is next read: at the end of the epoch."""
     message = example("cuda", "--iterations", "12", "--lr", "1e30")
-    assert message.startswith("error: [train] the") and "must be finite" in message and len(CountingLoader.waited) == 6
+    assert message.startswith("error: [train] the") and "must be finite" in message
+    assert len(CountingLoader.waited) == 7  # the last batch is made again, to find the layer
 
 
 def test_the_example_detects_anomalies(gpu, example):
@@ -534,6 +536,36 @@ def test_what_is_missing_is_named(monkeypatch, modules, message):
 
 
 if "emulated" in DEVICES:
+
+    def test_whole_steps_do_not_wait(monkeypatch):
+        """Run directly, captured and replayed: nothing is read or sent but the order of an epoch and a rate."""
+        extension = importlib.import_module("tinyres._emulated")
+
+        class Stream(contextlib.nullcontext):
+            def __init__(self, non_blocking):
+                super().__init__()
+                self.begin_capture, self.end_capture = extension.begin_capture, extension.end_capture
+
+        cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(Stream=Stream), ndarray=fake_cupy.placed)
+        kernels = cuda.adapter("cuda", fake_cupy, "_emulated", fake_cupy.empty, None)
+        kernels.graphs = cuda._CuPy(cupy)
+        monkeypatch.setitem(backend._devices, "cuda", backend.Device("cuda", kernels, fake_cupy))
+        backend.use("cuda")
+        try:
+            model = tinyres.fuse(models.cifar_resnet(8), "block")
+            optimizer = optim.SGD(model.parameters(), 0.1, momentum=0.9)
+            loader = data.Loader(*pictures(12), 2, augment=True, shuffle=True, device="cuda")
+            with tinyres.options(precision="bfloat16"):
+                training = graph.Training(model, optimizer, loader)
+                fake_cupy.reset()
+                for step in range(6):
+                    training.step(step, 0.1)
+            assert training.launches and fake_cupy.waits == 0
+            assert fake_cupy.uploads <= 1  # the order of the epoch
+            sums = training.take()
+            assert sums.images == 12 and np.isfinite(sums.loss) and fake_cupy.waits == 1
+        finally:
+            cuda.emulated()  # takes its scratch memory from the host's pool again
 
     def test_a_full_gpu_is_told_as_any_other(monkeypatch):
         def full(shape, dtype):

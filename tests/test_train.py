@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import tinyres
+from op_case import DEVICES
 from runs import FILES, metrics, state, write_tiny_cifar
 from tinyres import nn, train
 from tinyres.backend import random
@@ -113,6 +114,20 @@ def test_stopped_and_resumed_equals_never_stopped(run, whole, tmp_path):
     before = (out / "metrics.jsonl").read_bytes()
     run(out, "--iterations", "7", "--resume")  # a complete run has nothing left to do
     assert (out / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.skipif("emulated" not in DEVICES, reason="the emulation was not built")
+def test_steps_as_graphs(run, tmp_path):
+    """A run whose steps are captured, and the same stopped and resumed before any was."""
+    settings = "--device", "emulated", "--graph", "on", "--precision", "bfloat16", "--batch-size", "4"
+    settings += "--recipe", "paper2015"
+    run(tmp_path / "whole", *settings, "--iterations", "5")
+    run(tmp_path / "run", *settings, "--iterations", "3")
+    run(tmp_path / "run", *settings, "--iterations", "5", "--resume")
+    assert state(tmp_path / "run") == state(tmp_path / "whole")
+    [line] = metrics(tmp_path / "whole")
+    assert line == metrics(tmp_path / "run")[-1] and line["step"] == 5 and 0 < line["train_loss"] < 5
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["arguments"]["graph"] == "on"
 
 
 def test_resume_says_when_the_kernels_are_others(run, tmp_path, monkeypatch):

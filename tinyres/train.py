@@ -148,15 +148,18 @@ def recompute_batch_norm(model: Module, loader: Loader) -> None:
             module.training = training
 
 
-def check_finite(loss: float, model: Module, x: Tensor | Array, step: int, name: str = "loss") -> None:
+def check_finite(
+    loss: float, model: Module, x: Tensor | Array | Callable[[], Array], step: int, name: str = "loss"
+) -> None:
     """Return quietly if `loss` (float) is finite; else raise NonFiniteError, which names the step and the culprit.
 
-    The forward pass of the batch `x` is run again, and the first layer whose output is not finite is named, by its
+    The forward pass of the batch `x`, or of what it returns if it is a function, is run again, and the first layer whose output is not finite is named, by its
     dotted name and type, with its parameters that are not finite either. BN's running statistics and the state of
     the random numbers are afterwards what they were.
     """
     if math.isfinite(loss):
         return
+    x = x() if callable(x) else x
     x = x if isinstance(x, Tensor) else tensor(x, device=home_of(model))
     if _finite(x):
         culprit = _first_non_finite(model, x)
