@@ -849,8 +849,11 @@ void block_output(const Array& y, const Array& x, const BatchNormTuple& norm,
   const py::ssize_t N = y.shape(0), H = y.shape(1), W = y.shape(2), C = y.shape(3);
   call.expect(y.size() > 0 && y.size() / C < MAX_PIXELS, "y must have pixels, and under 2**31");
   call.expect(shortcut || !shortcut_norm, "without a shortcut there is no batch norm of it");
-  const bool same = !shortcut_norm || (std::get<0>(*shortcut).ndim() == 4 && std::get<0>(*shortcut).shape(3) == C);
-  call.expect(same, "a shortcut with a batch norm must have the channels of y");
+  if (shortcut_norm) {
+    const auto& [around, stride, before] = *shortcut;
+    call.expect(around.ndim() == 4 && around.shape(3) == C && before == 0,
+                "a shortcut with a batch norm must have the channels of y");
+  }
   call.typed(y, [&](auto zero) {
     using T = decltype(zero);
     T* const yp = call.out<T>("y", y, Shape(y));

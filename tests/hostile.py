@@ -103,7 +103,9 @@ def compared(name, got, want, size):
     """
     if len(got) != len(want):
         return f"{len(got)} results, the reference has {len(want)}"
-    convolves = any(part in name for part in ("onv", "Sequential", "Residual", "Gate", "shortcut", "fuse", "fold"))
+    convolves = any(
+        part in name for part in ("onv", "Sequential", "Residual", "Gate", "shortcut", "fuse", "fold", "block")
+    )
     # Of all results, since a gradient that cancels is as exact as those that it comes from; and what a batch norm of
     # equal numbers passes on is 1 / sqrt(eps) as large; of a few that are near each other, some of that.
     low = any(w.dtype == BF16 and w.size < HUGE for w in want)  # then the rest was computed from rounded numbers too

@@ -498,11 +498,19 @@ def _raw_gradient(d, y):
     return (*statistics, _positive(d, d.integer(1, 9) * 2 * C), d.out(C), d.out(C))
 
 
-def _want_normed(x, norm):
-    if norm is None:
-        return x
+def _affine(x, gamma, beta, mean, inv_std):
+    """Batch norm as the fused kernels factor it, so that an infinity becomes a NaN where theirs does."""
+    scale = gamma * inv_std
+    return x * scale + (beta - mean * scale)
+
+
+def _applied(x, norm):
     gamma, beta, _, mean, inv_std, *_ = norm
-    return R.relu(gamma * inv_std * (x - mean) + beta)
+    return _affine(x, gamma, beta, mean, inv_std)
+
+
+def _want_normed(x, norm):
+    return x if norm is None else R.relu(_applied(x, norm))
 
 
 def _want_by_y(dz, gradient):
@@ -521,8 +529,7 @@ def _want_fused_input(dx, rows, dz, w, gradient, shortcut, output, before, strid
     dx = R.conv2d_backward_input(_want_by_y(dz, gradient), w, dx.shape, (int(stride),) * 2, (1, 1))
     dx = dx if shortcut is None else dx + shortcut[0]
     if output is None and before is not None:
-        y, gamma, beta, mean, inv_std = before
-        output = gamma * inv_std * (y - mean) + beta
+        output = _affine(*before)
     return [dx if output is None else R.relu_backward(dx, output)]
 
 
@@ -541,15 +548,11 @@ def _raw_block(d):
 
 
 def _want_block(y, x, norm, shortcut, shortcut_norm):
-    def normed(x, norm):
-        gamma, beta, _, mean, inv_std, *_ = norm
-        return gamma * inv_std * (x - mean) + beta
-
-    y = normed(x, norm)
+    y = _applied(x, norm)
     if shortcut is not None:
-        x, stride, before = shortcut
-        x = x[:, :: int(stride), :: int(stride)]
-        x = x if shortcut_norm is None else normed(x, shortcut_norm)
+        x, stride, before = shortcut[0], int(shortcut[1]), int(shortcut[2])
+        x = x[:, ::stride, ::stride]
+        x = x if shortcut_norm is None else _applied(x, shortcut_norm)
         for c in range(x.shape[3]):
             if c + before < y.shape[3]:
                 y[..., c + before] += x[..., c]
@@ -936,12 +939,18 @@ def binding(extension, name):
         if name != "cast" and _some_bfloat16(v for key, v in arguments.items() if key != "copies"):
             d.comparable = False  # put in the place of one array: the CPU's bindings take it among float32 ones
         if d.device.name == "reference":
-            plain = [np.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments.values()]
-            return _flat(want(*plain))
+            return _flat(want(*map(_plain, arguments.values())))
         getattr(extension, name)(*arguments.values())
         return _flat(arguments[key] for key in outputs)
 
     return arguments, run
+
+
+def _plain(value):
+    """An array without a mask or other extras; also inside of tuples, which stand for structs."""
+    if type(value) is tuple:
+        return tuple(map(_plain, value))
+    return np.asarray(value) if isinstance(value, np.ndarray) else value
 
 
 def _some_bfloat16(values):
