@@ -198,7 +198,7 @@ def another_rank(array, d):
     if how == 2 and len(array):
         return array[0]
     if how == 3:
-        return d.keep(np.array(0.5, array.dtype), array)
+        return d.keep(np.array(0 if array.dtype.kind in "Mm" else 0.5, array.dtype), array)
     if how == 4:
         return array.reshape(-1)
     return array.reshape((1,) * (d.pick((16, 17, 32)) - array.ndim) + array.shape)
