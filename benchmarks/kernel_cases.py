@@ -200,6 +200,34 @@ def batch_norms(n20, n50):
             flops=6 * n, moved=3 * size, gives="image")
 
 
+def residual_blocks(n20, n50):
+    """Those that take a Norm (backend/norm.py), whose statistics are given or, without rows, worked out."""
+    from tinyres.backend.norm import Norm
+
+    def norm_of(x, gamma, beta, mean=None, inv_std=None, output=None):
+        norm = Norm(x, None, gamma, beta, None, None, 0.1, 1e-5)
+        norm.mean, norm.inv_std, norm.activation, norm.joined = mean, inv_std, output, output is not None
+        return norm
+
+    where = (1, 1), (1, 1)
+    for height, channels in [(32, 16), (16, 32), (8, 64)]:
+        shape, filters = (n20, height, height, channels), (3, 3, channels, channels)
+        n, label = math.prod(shape), text(shape)
+        image, w, channel = ("image", shape), ("weights", filters), [("positive", shape[3:])] * 4
+        counts = {"flops": 18 * n * channels, "moved": 4 * (2 * n + math.prod(filters))}
+        yield Case("normed_conv2d_forward", label, [image, w],
+            lambda k, x, w: k.normed_conv2d_forward(x, w, *where)[0], gives="image", **counts)
+        yield Case("normed_conv2d_backward_input", label, [image, w],
+            lambda k, dy, w: k.normed_conv2d_backward_input(dy, w, dy, *where), gives="image", **counts)
+        yield Case("normed_conv2d_backward_weight", label, [image, image],
+            lambda k, dy, x, w=filters: k.normed_conv2d_backward_weight(dy, x, w, *where), gives="weights", **counts)
+        yield Case("block_output", label, [image, image, *channel],
+            lambda k, x, r, g, b, *_: k.block_output(norm_of(x, g, b), r), flops=7 * n, moved=12 * n, gives="image")
+        yield Case("block_output_backward", label, [image, image, image, *channel],
+            lambda k, dy, x, y, *c: k.block_output_backward(dy, norm_of(x, *c, y)).dx,
+            flops=11 * n, moved=20 * n, gives="image")
+
+
 def elementwise(n20, n50):
     shape = (n20 * 32 * 32, 16)
     n, label = math.prod(shape), f"{n20}x32x32x16"
@@ -387,7 +415,7 @@ def training(n20, n50):
 
 def all_cases(n20, n50):
     """Every case in a fixed order, with `n20` images for ResNet-20's shapes and `n50` for ResNet-50's (0: without)."""
-    groups = (convolutions, batch_norms, elementwise, shapes_and_sums, pools, products, training)
+    groups = (convolutions, batch_norms, residual_blocks, elementwise, shapes_and_sums, pools, products, training)
     return [case for group in groups for case in group(n20, n50)]
 
 
