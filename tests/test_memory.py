@@ -193,13 +193,14 @@ def trained(network, *shape):
     [
         ("models.cifar_resnet(20)", (16, 32, 32, 3)),
         ("tinyres.fuse(models.cifar_resnet(20))", (128, 32, 32, 3)),
+        ("tinyres.fuse(models.cifar_resnet(20), 'block')", (128, 32, 32, 3)),
         ("tinyres.fuse(models.cifar_resnet(29, block='bottleneck'))", (16, 32, 32, 3)),
         ("tinyres.fuse(models.cifar_resnet(20, unit='full_preactivation'))", (64, 32, 32, 3)),
         ("nn.Sequential(nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Conv2d(512, 512, 3), nn.GlobalAvgPool2d(),"
          "nn.Linear(512, 10))", (2, 16, 16, 3)),  # nearly all of it parameters and scratch
         ("nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 10))", (2048, 512)),
     ],
-    ids=["plain", "fused", "bottleneck", "preactivation", "wide", "mlp"],
+    ids=["plain", "fused", "blocks", "bottleneck", "preactivation", "wide", "mlp"],
 )  # fmt: skip
 def test_summary_predicts_what_training_holds(network, shape):
     predicted, measured = trained(network, *shape)
