@@ -95,7 +95,7 @@ def attempt(number, device, target):
     return d, outcome, error, None
 
 
-def compared(name, got, want, size):
+def compared(name, got, want, size, tf32=False):
     """What differs, or None: the suite's tolerance after `size` summands, and the same NaN and infinities.
 
     Batch norm may order its factors so that an infinity becomes a NaN. And a convolution may multiply by the zeros of
@@ -132,7 +132,7 @@ def compared(name, got, want, size):
             return f"result {i}, element {at} of {g.size}: {g[at]}, the reference has {w[at]}"
         # The oracle may take float64 for more than it is: images, and the losses that raw.classifier adds up, are not.
         kept = np.float32 if name in ("raw.augment", "raw.augment_step", "raw.classifier") else got[i].dtype
-        precision = 2.0**-8 if low else np.finfo(kept).eps
+        precision = 2.0**-8 if low else 2.0**-10 if tf32 and kept == np.float32 else np.finfo(kept).eps
         error = np.abs(g[finite] - w[finite]).max(initial=0.0)
         if error > ULPS * precision * math.sqrt(size) * scale:
             return f"result {i} differs by {error:.3g} of {scale:.3g}"
@@ -158,7 +158,7 @@ def check(number, device, table):
         return name, error is None, f"{error or 'works'!r}, on the reference {refusal or 'works'!r}"
     if error is None and d.comparable:
         size = max((a.size for a in (*d.inputs, *d.outputs)), default=1)
-        broken = broken or compared(name, got, want, max(1, size))
+        broken = broken or compared(name, got, want, max(1, size), d.tf32)
     return name, error is None, broken
 
 

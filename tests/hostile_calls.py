@@ -439,20 +439,20 @@ def _raw_window(d, pool=False):
 
 def _raw_conv(d):
     x, w, y, geometry = _raw_window(d)
-    return {"y": d.out(*y), "x": d.array(*x), "w": d.array(*w), **geometry, "algorithm": d.pick(_ALGORITHMS)}
+    return {"y": d.out(*y), "x": d.array(*x), "w": d.array(*w), **geometry, "algorithm": _algorithm(d)}
 
 
 def _raw_conv_bias(d):
     x, w, y, geometry = _raw_window(d)
     residual = d.array(*y) if d.chance(0.5) else None
     arrays = {"y": d.out(*y), "x": d.array(*x), "w": d.array(*w), "b": d.array(w[3]), "residual": residual}
-    return {**arrays, "relu": d.chance(0.5), **geometry, "algorithm": d.pick(_ALGORITHMS)}
+    return {**arrays, "relu": d.chance(0.5), **geometry, "algorithm": _algorithm(d)}
 
 
 def _raw_conv_input(d):
     x, w, y, geometry = _raw_window(d)
     arrays = {"dx": d.out(*x), "dy": d.array(*y), "w": d.array(*w)}
-    return {**arrays, **geometry, "algorithm": d.pick(_ALGORITHMS), "add": d.chance(0.5)}
+    return {**arrays, **geometry, "algorithm": _algorithm(d), "add": d.chance(0.5)}
 
 
 def _raw_fused(*names):
@@ -570,10 +570,14 @@ def _raw_block_backward(d):
 def _raw_conv_weight(d):
     x, w, y, geometry = _raw_window(d)
     arrays = {"dw": d.out(*w), "dy": d.array(*y), "x": d.array(*x)}
-    return {**arrays, **geometry, "algorithm": d.pick(_ALGORITHMS)}
+    return {**arrays, **geometry, "algorithm": _algorithm(d)}
 
 
-_ALGORITHMS = ("auto", "naive", "direct", "tiled", "winograd", "mma")
+def _algorithm(d):
+    """On CUDA mma rounds operands of float32 to tf32, and so does direct."""
+    algorithm = d.pick(("auto", "naive", "direct", "tiled", "winograd", "mma"))
+    d.tf32 = d.device.name == "emulated" and algorithm in ("mma", "direct")
+    return algorithm
 
 
 def _pools(forward, argmax):

@@ -29,6 +29,7 @@ class Draw:
         self.dtype = np.dtype(self.pick((np.float32, np.float64)))
         self.inputs, self.outputs = [], []  # memory that the call must leave as it is, and that it may write to
         self.comparable = True
+        self.tf32 = False  # what is float32 may be multiplied with 10 bits of mantissa
 
     def pick(self, choices):
         return choices[self.random.randrange(len(choices))]
