@@ -131,8 +131,9 @@ void test() {
       check<T>({40, 300, 3}, velocities, 40, nesterov, false, 8);
     }
   for (const int parts : {2, 4, 5, 9, 33, 70}) check<T>(in_parts, Velocities::some, parts, true, sizeof(T) > 2, 4);
-  check<T>(many, Velocities::some, 6, true, sizeof(T) > 2, 4);
-  check<T>(more, Velocities::none, 1, false, true, 0);
+  // Every emulated thread gets the large table on its stack, which takes a sanitizer its time: so of one type each.
+  if (sizeof(T) == 4) check<T>(more, Velocities::none, 1, false, true, 0);
+  if (sizeof(T) == 8) check<T>(many, Velocities::some, 6, true, true, 4);
   check<T>({}, Velocities::all, 1, false, true, 0);
   check<T>({0}, Velocities::all, 1, false, true, 0);
   check<T>({0, 0, 0}, Velocities::none, 7, false, true, 0);
