@@ -132,6 +132,23 @@ def test_sweeps_that_must_multiply(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_kept_graph_keeps_its_gradients(device):
+    """Whoever comes next in a sweep may write over a gradient that is handed on: a batch norm does."""
+    (x, w, b), labels = tensors(device)
+    gamma, beta = (tinyres.tensor(np.ones(16, np.float32), True, device=device) for _ in range(2))
+    ts = [x, gamma, beta, w, b]
+    loss = ops.classifier_loss(ops.batch_norm(x, gamma, beta), w, b, labels)
+    swept = []
+    for kept in (True, True, False):
+        loss.backward(retain_graph=kept)
+        swept.append([loss.device.numpy(t.grad).copy() for t in ts])
+        for t in ts:
+            t.zero_grad()
+    for g, h, k in zip(*swept, strict=True):
+        assert np.array_equal(g, h) and np.array_equal(g, k)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", (np.float32, np.float64, BF16), ids=str)
 def test_metrics_are_added_up(device, dtype):
     """With gradients and without, over batches of two sizes."""
