@@ -133,11 +133,24 @@ def launches_of_a_step(extension, depth, batch, precision, fuse, conv):
         "none": lambda: model,
         "layer": lambda: tinyres.fuse(model),
         "block": lambda: tinyres.fuse(model, level="block"),
+        "step": lambda: tinyres.fuse(model, level="block"),
     }[fuse]()
     optimizer = tinyres.optim.SGD(model.parameters(), 0.1, 0.9, 1e-4)
     rng = np.random.default_rng(0)
     images, labels = kernels.empty((batch, 32, 32, 3), np.float32), kernels.empty((batch,), np.int64)
     images[...], labels[...] = rng.standard_normal(images.shape), rng.integers(0, 10, batch)
+    if fuse == "step":
+        from tinyres import data, graph
+
+        with tinyres.options(precision=precision, conv=conv):
+            pixels = rng.integers(0, 256, (2 * batch, 32, 32, 3), np.uint8)
+            loader = data.Loader(pixels, np.arange(2 * batch) % 10, batch, 0, 128.0, 1 / 64, True, True, device)
+            training = graph.Training(network, optimizer, loader)
+            for number in range(3):  # which run before anything is captured
+                extension.take_launches()
+                training.step(number, 0.1)
+        assert training.launches is None
+        return extension.take_launches(), sum(p.size for p in model.parameters())
     with tinyres.options(precision=precision, conv=conv):
         for _ in range(2):
             extension.take_launches()
@@ -169,7 +182,10 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--precision", choices=("float32", "tf32", "bfloat16"), default="bfloat16")
     parser.add_argument(
-        "--fuse", choices=("none", "layer", "block"), default="layer", help="tinyres.fuse, and its level"
+        "--fuse",
+        choices=("none", "layer", "block", "step"),
+        default="layer",
+        help="tinyres.fuse, and its level; step: block, and the whole step as tinyres.graph.Training makes it",
     )
     parser.add_argument("--conv", default="auto", help="the option conv: auto, naive, tiled, mma, direct")
     parser.add_argument("--each", action="store_true", help="print every launch too, in order, with grid and block")

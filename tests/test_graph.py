@@ -187,6 +187,7 @@ def test_other_threads_keep_their_allocator():
         captured()
     assert len(theirs) == 3 and all(array.tolist() == [2] * 5 for array in theirs)
     assert total.tolist() == [10] * 5
+    assert captured.size == ALIGNMENT  # their array has no part in it
 
 
 def test_what_cannot_be_captured():

@@ -153,9 +153,9 @@ def check_finite(
 ) -> None:
     """Return quietly if `loss` (float) is finite; else raise NonFiniteError, which names the step and the culprit.
 
-    The forward pass of the batch `x`, or of what it returns if it is a function, is run again, and the first layer whose output is not finite is named, by its
-    dotted name and type, with its parameters that are not finite either. BN's running statistics and the state of
-    the random numbers are afterwards what they were.
+    The forward pass of the batch `x`, or of what it returns if it is a function, is run again, and the first layer
+    whose output is not finite is named, by its dotted name and type, with its parameters that are not finite either.
+    BN's running statistics and the state of the random numbers are afterwards what they were.
     """
     if math.isfinite(loss):
         return

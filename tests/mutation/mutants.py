@@ -279,6 +279,38 @@ PARTS = [
         ],
     ),
     Part(
+        "whole steps",
+        "tinyres/graph.py",
+        "tests/test_graph.py",
+        "tests/test_cuda_device.py tests/test_train.py -k 'whole or graphs'",
+        [
+            Mutant(
+                "buffers in use at once share memory",
+                "others[(first[others] < last[i]) & (first[i] < last[others])]",
+                "others[(first[others] < first[i]) & (first[i] < last[others])]",
+            ),
+            Mutant("a gap that is too small", "if place + size[i] <= offset[other]:", "if place <= offset[other]:"),
+            Mutant(
+                "captured although memory is used otherwise",
+                'expect(memory.uses == uses, "Captured", rule, GraphError)',
+                'expect(True, "Captured", rule, GraphError)',
+            ),
+            Mutant(
+                "other threads take from the arena",
+                "if threading.get_ident() != self.thread:",
+                "if False:",
+            ),
+            Mutant(
+                "the rate stays the first one",
+                "self.rate[...] = lr",
+                "self.rate[...] = lr if number == 0 else self.rate",
+            ),
+            Mutant("every epoch in the order of the first", "loader.shuffle and epoch != self.epoch", "self.epoch < 0"),
+            Mutant("graphs of arrays that were replaced", "self.held, self.steps = arrays, {}", "self.held = arrays"),
+            Mutant("metrics are never cleared", "self.metrics.fill(0)", "pass"),
+        ],
+    ),
+    Part(
         "the optimizer",
         "tinyres/optim.py",
         "tests/test_optim.py",
