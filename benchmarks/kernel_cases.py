@@ -36,6 +36,7 @@ KINDS = {
     "bytes": lambda rng, shape: rng.integers(0, 256, shape, np.uint8),
     "index": lambda rng, shape: rng.integers(0, 1024, shape),
     "shift": lambda rng, shape: rng.integers(-4, 5, shape, np.int32),
+    "counter": lambda rng, shape: np.zeros(shape, np.int64),
     "flip": lambda rng, shape: rng.integers(0, 2, shape, np.uint8),
 }
 
@@ -410,6 +411,21 @@ def training(n20, n50):
         [("bytes", (1024, 32, 32, 3)), ("index", (n20,)), ("shift", (n20,)), ("shift", (n20,)), ("flip", (n20,)),
          ("array", (32, 32, 3)), ("array", (3,))],
         lambda k, *a: k.augment(*a), flops=2 * n, moved=5 * n)
+    yield Case("augment_step", f"{n20}x32x32x3",
+        [("bytes", (1024, 32, 32, 3)), ("labels", (1024,)), ("index", (1024,)), ("counter", (2,)),
+         ("array", (32, 32, 3)), ("array", (3,))],
+        lambda k, *a: k.augment_step(*a, 1, n20, max(1, 1024 // n20), min(n20, 1024), np.dtype(np.float32), 4),
+        flops=2 * n, moved=5 * n)
+
+    for n, size, channels, classes in [(n20, 8, 64, 10), (n50, 7, 2048, 1000)]:
+        if n:
+            pixels, products = n * size * size * channels, 2 * n * channels * classes
+            inputs = [("array", (n, size, size, channels)), ("array", (channels, classes)), ("array", (classes,)),
+                ("labels", (n,))]
+            yield Case("classifier", f"{n}x{size}x{size}x{channels}, {classes} classes", inputs,
+                lambda k, *a: k.classifier(*a, 0.0), flops=2 * pixels + 3 * products, moved=8 * pixels)
+            yield Case("classifier_inference", f"{n}x{size}x{size}x{channels}, {classes} classes", inputs,
+                lambda k, *a: k.classifier_inference(*a, 0.0), flops=pixels + products, moved=4 * pixels)
 # fmt: on
 
 

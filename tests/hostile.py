@@ -29,6 +29,8 @@ from tinyres import Tensor, data, nn, ops, optim
 from tinyres.errors import TinyresError
 from tinyres.nn.module import Module
 
+# No kernels: how the adapter introduces itself, and how it captures.
+SETTINGS = {"connect", "Graph", "begin_capture", "end_capture", "launches"}
 SECONDS = 20  # for one call, before it counts as a hang
 MEMORY = 4 << 30  # of addresses: what is absurdly large fails at once instead of filling the machine
 
@@ -44,8 +46,7 @@ def public(device):
             names += [f"optim.{name}{member}" for member in members]
     # Those that read files, or draw too many images, have tests of their own.
     names += [f"data.{name}" for name in data.__all__ if name not in ("NAMES", "Dataset", "load", "shapes10")]
-    # `connect` is how the adapter introduces itself, not a kernel.
-    raw = {name for name, value in vars(extension).items() if name[0] != "_" and callable(value)} - {"connect"}
+    raw = {name for name, value in vars(extension).items() if name[0] != "_" and callable(value)} - SETTINGS
     return names + ["tensor"] + [f"raw.{name}" for name in sorted(raw)]
 
 

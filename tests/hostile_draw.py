@@ -165,6 +165,8 @@ def swapped(array, d):
 
 
 def masked(array, d):
+    if array.dtype.names:  # no mask for those: NumPy has no fill value for a bfloat16 among others
+        return array
     return np.ma.masked_array(array, array != array)
 
 

@@ -173,6 +173,7 @@ def _valid():
         "batch_norm_relu": {"x": image, **norm},
         "batch_norm_add_relu": {"x": image, "residual": tensor(2, 5, 4, 3), **norm},
         "cross_entropy": {"logits": tensor(3, 4), "labels": np.array([0, 3, 1]), "label_smoothing": 0.1},
+        "classifier_loss": {"x": image, "w": tensor(3, 4), "b": tensor(4), "labels": np.array([0, 3])},
     }
 
 

@@ -14,6 +14,7 @@ from tinyres.autograd import Function
 from tinyres.errors import GradcheckError
 from tinyres.ops.conv2d import Conv2dAddReLU
 from tinyres.ops.elementwise import Add, Div, Dropout, Exp, Log, Mul, Neg, Sub
+from tinyres.ops.head import ClassifierLoss
 from tinyres.ops.linear import Linear
 from tinyres.ops.loss import CrossEntropy
 from tinyres.ops.reduce import Mean, Sum
@@ -71,6 +72,13 @@ OPS = {
     ),
     "add_relu": Case("add_relu", ops.add_relu, away_from_zero(9), lambda rng: rng.uniform(-0.05, 0.05, 9)),
     "cross_entropy": Case("cross_entropy", lambda x: ops.cross_entropy(x, LABELS, 0.2), normal(3, 4)),
+    "classifier_loss": Case(
+        "classifier_loss",
+        lambda x, w, b: ops.classifier_loss(x, w, b, LABELS),
+        normal(3, 2, 2, 2),
+        normal(2, 4),
+        normal(4),
+    ),
 }  # fmt: skip
 
 
@@ -209,6 +217,12 @@ def _summed_loss(right, logits, labels, smoothing):
     return loss, dlogits * len(labels)
 
 
+def _pooled_twice(right, x, *args):
+    """The gradient of an average that is divided by its pixels once more."""
+    loss, dx, *others = right(x, *args)
+    return loss, dx / (x.shape[1] * x.shape[2]), *others
+
+
 # Both strides give two steps over either side, so that no size betrays the exchange.
 SHORTCUT = Case(
     "beside a shortcut", lambda x, w: ops.conv2d(x, w, padding=1) * x, normal(1, 3, 3, 2), normal(3, 3, 2, 2)
@@ -297,6 +311,9 @@ FAULTS = [
     ("cross_entropy", "smoothing missing", _kernel("cross_entropy", _flat_target)),
     ("cross_entropy", "sum for mean", _kernel("cross_entropy", _summed_loss)),
     ("cross_entropy", "upstream gradient ignored", _backward(CrossEntropy, lambda self, dy: self.saved)),
+    ("classifier_loss", "divided twice by the pixels", _kernel("classifier", _pooled_twice)),
+    ("classifier_loss", "sign of db", _kernel("classifier", _scaled(3, -1))),
+    ("classifier_loss", "upstream gradient ignored", _backward(ClassifierLoss, lambda self, dy: tuple(self.saved))),
 ]  # fmt: skip
 
 
