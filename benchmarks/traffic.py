@@ -143,10 +143,10 @@ def launches_of_a_step(extension, depth, batch, precision, fuse, conv):
         from tinyres import data, graph
 
         with tinyres.options(precision=precision, conv=conv):
-            pixels = rng.integers(0, 256, (2 * batch, 32, 32, 3), np.uint8)
-            loader = data.Loader(pixels, np.arange(2 * batch) % 10, batch, 0, 128.0, 1 / 64, True, True, device)
+            pixels = rng.integers(0, 256, (4 * batch, 32, 32, 3), np.uint8)
+            loader = data.Loader(pixels, np.arange(4 * batch) % 10, batch, 0, 128.0, 1 / 64, True, True, device)
             training = graph.Training(network, optimizer, loader)
-            for number in range(3):  # which run before anything is captured
+            for number in range(3):  # of an epoch; they run before anything is captured
                 extension.take_launches()
                 training.step(number, 0.1)
         assert training.launches is None
