@@ -34,7 +34,7 @@ class CMakeBuild(build_ext):
         configure = [
             *(cmake, "-S", ROOT, "-B", build),
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-Dpybind11_DIR={self.kept(pybind11) / 'share/cmake/pybind11'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DTINYRES_CUDA={os.environ.get('TINYRES_CUDA', 'AUTO')}",
         ]
@@ -44,6 +44,16 @@ class CMakeBuild(build_ext):
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", build, "--parallel", jobs], check=True)
+
+    @staticmethod
+    def kept(package):
+        """A copy of `package` in build/: pip unpacks it afresh each time, elsewhere, and all would be compiled anew."""
+        folder = ROOT / "build" / f"{package.__name__}-{package.__version__}"
+        if not folder.exists():
+            draft = folder.with_name(f"{folder.name}.{os.getpid()}")
+            shutil.copytree(Path(package.__file__).parent, draft)
+            draft.rename(folder)
+        return folder
 
 
 EXTENSIONS = [

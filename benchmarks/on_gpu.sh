@@ -66,27 +66,33 @@ against=torch
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d .)
 
 step machine 20 bash -c 'nvidia-smi && nvcc --version && lscpu && "$0" --version && "$0" -m pip list' "$python"
-step build 240 bash -c 'cmake -S . -B build/in_place -DTINYRES_CUDA=ON -DPython_EXECUTABLE="$(command -v "$0")" \
+step build 200 bash -c 'cmake -S . -B build/in_place -DTINYRES_CUDA=ON -DPython_EXECUTABLE="$(command -v "$0")" \
   ${1:+-DCMAKE_CUDA_ARCHITECTURES=$1} -DCMAKE_BUILD_TYPE=Release -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$PWD/tinyres" &&
   cmake --build build/in_place --parallel "$(nproc)"' "$python" "$capability"
-step programs 150 bash -c 'build_and_run_programs "$0"' "$programs"
-step tests_on_gpu 200 "$python" -m pytest -q -p no:cacheprovider -k cuda --ignore=tests/test_cuda.py tests
+step programs 130 bash -c 'build_and_run_programs "$0"' "$programs"
+step tests_on_gpu 180 "$python" -m pytest -q -p no:cacheprovider -k cuda --ignore=tests/test_cuda.py tests
 step limits 50 "$python" benchmarks/limits.py --device cuda --json "$out/limits.json"
 step train_step 120 "$python" benchmarks/train_step.py --device cuda --steps 20 --against "$against" \
   --json "$out/train_step.json"
-step kernels 180 "$python" benchmarks/kernels.py --device cuda --rounds 5 --against "$against" \
+step kernels 150 "$python" benchmarks/kernels.py --device cuda --rounds 5 --against "$against" \
   --json "$out/kernels.json"
 step whole_step 90 "$python" benchmarks/whole_step.py --json "$out/whole_step.json"
 step whole_step_1024 30 "$python" benchmarks/whole_step.py --depths 20 --batch-sizes 1024 --precisions bfloat16 \
   --json "$out/whole_step_1024.json"
+step whole_step_50 45 "$python" benchmarks/whole_step.py --depths 50 --batch-sizes 256 --precisions bfloat16 \
+  --json "$out/whole_step_50.json"
 for conv in naive tiled mma direct; do # the ladder of convolutions
-  step "conv_$conv" 45 "$python" benchmarks/kernels.py conv2d --device cuda --rounds 3 --conv "$conv" \
+  step "conv_$conv" 35 "$python" benchmarks/kernels.py conv2d --device cuda --rounds 3 --conv "$conv" \
     --against "$against" --json "$out/conv_$conv.json"
 done
 step training 100 "$python" examples/cifar_resnet.py --device cuda --recipe quick --precision bfloat16 \
   --out "$out/training"
 if [ "$against" = torch ]; then
-  step torch_gpu 120 "$python" benchmarks/peers/torch_gpu.py --depths 20 --json "$out/torch_gpu.json"
+  step torch_gpu 120 "$python" benchmarks/peers/torch_gpu.py --depths 20 56 110 --json "$out/torch_gpu.json"
+  step torch_gpu_1024 30 "$python" benchmarks/peers/torch_gpu.py --depths 20 --batch-size 1024 \
+    --json "$out/torch_gpu_1024.json"
+  step torch_gpu_50 60 "$python" benchmarks/peers/torch_gpu.py --depths 50 --batch-size 256 \
+    --json "$out/torch_gpu_50.json"
 fi
 if command -v compute-sanitizer >/dev/null; then
   step memcheck 50 bash -c 'sanitize_programs memcheck "$@"' bash "$programs" elementwise_test conv2d_test \
@@ -96,7 +102,7 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "no compute-sanitizer here" | tee -a "$out/steps.txt"
 fi
-step other_tests 90 "$python" -m pytest -q -p no:cacheprovider -k "not cuda and not emulated" \
+step other_tests 60 "$python" -m pytest -q -p no:cacheprovider -k "not cuda and not emulated" \
   --ignore=tests/test_nvcc.py tests
 
 echo

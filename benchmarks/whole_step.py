@@ -1,6 +1,7 @@
-"""Training steps of the CIFAR ResNets as graphs (tinyres/graph.py): batch, augmentation, forward, backward and update.
+"""Training steps of ResNets as graphs (tinyres/graph.py): batch, augmentation, forward, backward and update.
 
     python benchmarks/whole_step.py --json FILE [--depths 20 56 110] [--batch-sizes 128] [--precisions bfloat16 tf32]
+    python benchmarks/whole_step.py --depths 50 --batch-sizes 256 --precisions bfloat16     # of ImageNet, by its depth
     python benchmarks/whole_step.py --device emulated --depths 8 --batch-sizes 4 --rounds 1      # launches and memory
 
 On a GPU a round is a run of steps between two events, about a fifth of a second of them, with the rate changed and the
@@ -14,19 +15,24 @@ import numpy as np
 
 import harness
 
-IMAGES = 50_000  # as many as CIFAR-10 has, and as much of the GPU's memory
+IMAGENET = (18, 34, 50, 101, 152)  # depths
+IMAGES = {32: 50_000, 224: 1024}  # by size: as many as CIFAR-10 has, and as much memory
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-4
 TRIES = 10  # steps until one is captured
 
 
-def measure(device, depth, batch_size, precision, images, rounds, seconds):
+def measure(device, depth, batch_size, precision, rounds):
     import tinyres
     from tinyres import data, ops
     from tinyres.graph import Training
 
     tinyres.manual_seed(0)
     tinyres.options(precision=precision)
-    model = tinyres.fuse(tinyres.models.cifar_resnet(depth), level="block")
+    imagenet = depth in IMAGENET
+    size, network = (224, tinyres.models.imagenet_resnet) if imagenet else (32, tinyres.models.cifar_resnet)
+    count, seconds = (IMAGES[size], 0.2) if device == "cuda" else (2 * batch_size, 0)
+    images = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+    model = tinyres.fuse(network(depth), level="block")
     optimizer = tinyres.optim.SGD(model.parameters(), LR, MOMENTUM, WEIGHT_DECAY)
     settings = {"mean": 128.0, "scale": 1 / 64, "augment": True, "shuffle": True, "device": device}
     loader = data.Loader(images, np.arange(len(images)) % 10, batch_size, **settings)
@@ -92,14 +98,11 @@ def main():
     if args.device == "cuda":
         harness.require("cuda")
     tinyres.backend.use(args.device)
-    count = IMAGES if args.device == "cuda" else 2 * max(args.batch_sizes)
-    images = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), np.uint8)
     rows = []
     for depth in args.depths:
         for batch_size in args.batch_sizes:
             for precision in args.precisions:
-                seconds = 0.2 if args.device == "cuda" else 0
-                row = measure(args.device, depth, batch_size, precision, images, args.rounds, seconds)
+                row = measure(args.device, depth, batch_size, precision, args.rounds)
                 rows.append(row)
                 print(row, flush=True)
                 if args.json:  # after each, so that a time limit cuts the least

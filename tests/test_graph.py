@@ -338,6 +338,24 @@ def test_a_training_goes_on_at_any_step():
 
 
 @needs_graphs
+def test_a_step_that_is_interrupted(monkeypatch):
+    """After the batch is made, before anything is updated: the step is done anew, on the same batch."""
+    model, optimizer = blocks()
+    training = Training(model, optimizer, loader())
+    other, other_optimizer = blocks()
+    without = Training(other, other_optimizer, loader())
+    for number in range(3):
+        if number == 1:
+            with monkeypatch.context() as patched:
+                patched.setattr(training.batches, "loss", lambda x, labels: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    training.step(number, 0.05)
+        training.step(number, 0.05)
+        without.step(number, 0.05)
+    assert bits(model, optimizer) == bits(other, other_optimizer)
+
+
+@needs_graphs
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_arrays_that_are_replaced(precision):
     """A graph holds addresses: it is made anew, of the arrays that are the parameters now."""
@@ -378,6 +396,8 @@ def test_what_a_training_does_not_take():
     model, optimizer = network("cpu")
     with pytest.raises(DtypeError, match="needs an SGD"):
         Training(model, None, loader(device="cpu"))
+    with pytest.raises(ArgumentError, match="the optimizer's parameters must be the model's"):
+        Training(network("cpu")[0], optimizer, loader(device="cpu"))
     with pytest.raises(DtypeError, match="ends in GlobalAvgPool2d and Linear"):
         Training(nn.Sequential(nn.Linear(3, 2)), optimizer, loader(device="cpu"))
     with pytest.raises(DtypeError, match="Loader"):
@@ -388,10 +408,18 @@ def test_what_a_training_does_not_take():
         Evaluation(model, loader(device="cpu"))
     with pytest.raises(ArgumentError, match="labels must be in 0 .. 8"):
         fewer = nn.Sequential(nn.GlobalAvgPool2d(), nn.Linear(3, 9))
-        Training(fewer, optimizer, loader(device="cpu"))
+        Training(fewer, tinyres.optim.SGD(fewer.parameters(), 0.1), loader(device="cpu"))
     dropping = nn.Sequential(nn.Dropout(0.5), nn.GlobalAvgPool2d(), nn.Linear(3, 2))
     with pytest.raises(ArgumentError, match="dropout"):
-        Training(dropping, optimizer, loader(device="cpu"))
+        Training(dropping, tinyres.optim.SGD(dropping.parameters(), 0.1), loader(device="cpu"))
+    handle = model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ArgumentError, match="hooks run in Python"):
+        Training(model, optimizer, loader(device="cpu"))
+    handle.remove()
+    handle = model[0].weight.register_hook(lambda gradient: None)
+    with pytest.raises(ArgumentError, match="hooks run in Python"):
+        Training(model, optimizer, loader(device="cpu"))
+    handle.remove()
     if "emulated" in DEVICES:
         with pytest.raises(DeviceError, match="on the model's device"):
             Training(model, optimizer, loader(device="emulated"))

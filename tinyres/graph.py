@@ -228,6 +228,9 @@ class Training:
         op = "graph.Training"
         expect(isinstance(optimizer, SGD), op, "needs an SGD", DtypeError, optimizer=type(optimizer).__name__)
         self.batches = _Batches(op, model, loader)
+        own = {id(p) for p in self.batches.parameters}
+        fits = all(id(p) in own for p in optimizer.params)
+        expect(fits, op, "the optimizer's parameters must be the model's", ArgumentError)
         self.model, self.optimizer = model, optimizer
         device = self.batches.device
         self.rate = device.asarray(np.zeros(()))
@@ -264,9 +267,7 @@ class Training:
 
     def _renew(self, first):
         """Drop the graphs if what they hold was replaced; make the rounded copies if they may be old."""
-        velocities = self.optimizer._velocities
-        held = [p.data for p in self.optimizer.params] + [v for v in velocities if v is not None]
-        replaced = self.batches.hold([*held, *self.model.buffers()])
+        replaced = self.batches.hold([v for v in self.optimizer._velocities if v is not None])
         if options().precision != "bfloat16":
             self._copies = []
         elif replaced:
@@ -294,7 +295,7 @@ class Evaluation:
 
     def __call__(self) -> Sums:
         modes = [(module, module.training) for module in self.model.modules()]
-        self.batches.hold([*(p.data for p in self.model.parameters()), *self.model.buffers()])
+        self.batches.hold()
         self.model.eval()
         try:
             for number in range(self.batches.loader.steps_per_epoch):
@@ -318,9 +319,11 @@ class _Batches:
         rule = "needs a Sequential that ends in GlobalAvgPool2d and Linear, with a bias"
         expect(ends and list(model)[-1].bias is not None, op, rule, DtypeError, model=type(model).__name__)
         dropout = [module for module in model.modules() if isinstance(module, Dropout) and module.p > 0]
-        expect(
-            not dropout, op, "dropout draws its masks in Python: it cannot be captured", ArgumentError, got=dropout[:1]
-        )
+        rule = "dropout draws its masks in Python: it cannot be captured"
+        expect(not dropout, op, rule, ArgumentError, got=dropout[:1])
+        hooked = [name for name, module in model.named_modules() if module._forward_hooks]
+        hooked += [name for name, p in model.named_parameters() if p._hooks]
+        expect(not hooked, op, "hooks run in Python: they cannot be captured", ArgumentError, got=hooked[:3])
         self.device = home_of(model)
         rule = "the loader must make its batches on the model's device"
         expect(loader.device is self.device, op, rule, DeviceError, model=self.device, loader=loader.device)
@@ -335,9 +338,17 @@ class _Batches:
         self.epoch, self.next = -1, 0
         self.steps: dict[int, Captured] = {}
         self.held: list[Array] = []
+        self.parameters = list(model.parameters())
+        self.buffers = [(module._buffers, name) for module in model.modules() for name in module._buffers]
 
-    def hold(self, arrays):
-        """Drop the graphs unless these are the arrays of the last time: they have their addresses. Whether it did."""
+    def hold(self, others=()):
+        """Drop the graphs unless the model's arrays, and others, are those of the last time, whose addresses they have.
+
+        Returns whether it did.
+        """
+        arrays = [p.data for p in self.parameters]
+        arrays += [table[name] for table, name in self.buffers]
+        arrays += others
         same = len(arrays) == len(self.held) and all(a is b for a, b in zip(arrays, self.held, strict=True))
         if not same:
             self.held, self.steps = arrays, {}
@@ -360,7 +371,8 @@ class _Batches:
             self.order[...] = loader.order(epoch)
             self.epoch = epoch
         if number != self.next:
-            self.counter[0] = number
+            self.counter[0], self.counter[1] = number, 0
+        self.next = None  # until the step is done: it may be interrupted
         size = min(loader.batch_size, len(loader.images) - position * loader.batch_size)
         if size not in self.steps:
             self.steps[size] = Captured(lambda: function(*self.batch(size)), self.device)

@@ -1,11 +1,11 @@
 """What PyTorch and the GPU themselves reach: the figures that a CUDA device of tinyres has to be measured against.
 
-    python benchmarks/peers/torch_gpu.py --json FILE [--depths 20 56 110]
+    python benchmarks/peers/torch_gpu.py --json FILE [--depths 20 56 110] [--batch-size 128]
 
 Limits of the device: copy bandwidth by size, matrix products by precision, the cost of an empty kernel. Then the
-training step of the CIFAR ResNets (forward, loss, backward, SGD with momentum and decay) in float32, TF32 and bfloat16
-(autocast), each eager, compiled, and both again with the whole step captured in one CUDA graph. A combination that
-fails is recorded with its reason.
+training step of the ResNets, by depth those of CIFAR or of ImageNet (forward, loss, backward, SGD with momentum and
+decay), in float32, TF32 and bfloat16 (autocast), each eager, compiled, and both again with the whole step captured in
+one CUDA graph. A combination that fails is recorded with its reason.
 """
 
 import argparse
@@ -17,9 +17,10 @@ import time
 
 import torch
 from torch.nn import functional as F
-from torch_resnet import CifarResNet
+from torch_resnet import CifarResNet, ImageNetResNet
 
 BATCHES = 8
+IMAGENET = (18, 34, 50, 101, 152)  # depths
 
 
 def milliseconds(call, rounds=15, seconds=0.15):
@@ -89,10 +90,11 @@ def training_step(depth, batch_size, precision, mode):
     torch.compiler.reset()
     use_precision(precision)
     torch.backends.cudnn.benchmark = True
-    model = CifarResNet(depth).cuda().to(memory_format=torch.channels_last)
+    network, size, classes = (ImageNetResNet, 224, 1000) if depth in IMAGENET else (CifarResNet, 32, 10)
+    model = network(depth).cuda().to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-4, fused=True)
-    images = torch.randn(BATCHES, batch_size, 3, 32, 32, device="cuda")
-    labels = torch.randint(0, 10, (BATCHES, batch_size), device="cuda")
+    images = torch.randn(BATCHES, batch_size, 3, size, size, device="cuda")
+    labels = torch.randint(0, classes, (BATCHES, batch_size), device="cuda")
     x = images[0].contiguous(memory_format=torch.channels_last)
     t = labels[0].clone()
 
