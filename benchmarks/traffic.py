@@ -129,12 +129,7 @@ def launches_of_a_step(extension, depth, batch, precision, fuse, conv):
 
     kernels.empty = lambda shape, dtype: mark(empty(shape, dtype))
     model = tinyres.models.cifar_resnet(depth)
-    network = {
-        "none": lambda: model,
-        "layer": lambda: tinyres.fuse(model),
-        "block": lambda: tinyres.fuse(model, level="block"),
-        "step": lambda: tinyres.fuse(model, level="block"),
-    }[fuse]()
+    network = model if fuse == "none" else tinyres.fuse(model, level="layer" if fuse == "layer" else "block")
     optimizer = tinyres.optim.SGD(model.parameters(), 0.1, 0.9, 1e-4)
     rng = np.random.default_rng(0)
     images, labels = kernels.empty((batch, 32, 32, 3), np.float32), kernels.empty((batch,), np.int64)

@@ -280,7 +280,7 @@ def main():
                     recompute_batch_norm(model, train_loader)
                 if testing:
                     test_loss, test_error = testing().averages()
-                    check_finite(test_loss, model, next(test_loader.epoch())[0], run.step, "test loss")
+                    check_finite(test_loss, model, lambda: next(test_loader.epoch())[0], run.step, "test loss")
                 else:
                     test_loss, test_error = evaluate(model, test_loader, run.step)
                 run.seconds += elapsed + watch.lap()

@@ -91,7 +91,7 @@ class observed(Scope):
     def after_sweep(self, leaf: Tensor, gradient: Array) -> None: ...
 
 
-_in_parts = ContextVar("tinyres.autograd.in_parts", default=False)
+_in_parts = ContextVar("tinyres.autograd.in_parts", default=0)  # the depth of such blocks
 
 
 class gradients_in_parts(Scope):
@@ -102,15 +102,15 @@ class gradients_in_parts(Scope):
     """
 
     def __enter__(self) -> None:
-        _in_parts.set(True)
+        _in_parts.set(_in_parts.get() + 1)
 
     def __exit__(self, *exc: object) -> None:
-        _in_parts.set(False)
+        _in_parts.set(_in_parts.get() - 1)
 
     @staticmethod
     def hold() -> bool:
         """Whether this is such a block."""
-        return _in_parts.get()
+        return _in_parts.get() > 0
 
 
 class Tensor:
@@ -513,7 +513,7 @@ def _sweep(op, ys, gradients, retain_graph, wanted):
         _deliver(arrived, heap, (y._node or y, y._slot), seed, True, y.device.kernels)
     observers = _context.get()[1]
     observer = observers[-1] if observers else None
-    in_parts = _in_parts.get()
+    in_parts = gradients_in_parts.hold()
     seeded = None if retain_graph or len(ys) != 1 or gradients[0] is not None else ys[0]._node
     node = None
     while heap:

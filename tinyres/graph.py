@@ -53,7 +53,8 @@ class Captured:
 
     Every call does the same work, with the same bits. The function may call kernels alone, on arrays that outlive it or
     that it takes itself and gives back: no arithmetic of NumPy's or CuPy's, no reading of values, no random numbers
-    drawn in Python. What Python does in it besides is done while it runs or is captured, and in no later call.
+    drawn in Python. What Python does in it besides is done while it runs or is captured, and in no later call: so
+    `detect_anomaly` sees nothing of a replay.
 
     launches  how many the graph holds; None before it is there
     size      bytes of its arena; None before

@@ -75,7 +75,8 @@ class SGD:
         """`step` at the rate `lr`, a number or an array () of float64 on the parameters' device, read by the kernel.
 
         A gradient may be in parts, (parts, *shape), which are added. copies: pairs (weight, its rounded copy), of
-        weights that are among the parameters' arrays; each copy gets the new weight.
+        weights that are among the parameters' arrays; each copy gets the new weight. Raises ShapeError for a gradient
+        of another shape, dtype or device than its parameter's.
         """
         copy_of = {id(weight): copy for weight, copy in copies or ()}
         by_table: dict[tuple[str, np.dtype], list[int]] = {}  # one call for each device and dtype: usually one

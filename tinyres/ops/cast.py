@@ -61,7 +61,8 @@ def widened(kernels, x: Array) -> Array:
     return kernels.cast(x, dtypes.wide(x.dtype))
 
 
-_kept: ContextVar[dict[int, tuple[Array, Array]] | None] = ContextVar("tinyres.ops.cast", default=None)
+# Of each block that holds: its copies by the weight's id; the innermost last.
+_kept: ContextVar[tuple[dict[int, tuple[Array, Array]], ...]] = ContextVar("tinyres.ops.cast", default=())
 
 
 class copies_kept(Scope):
@@ -74,13 +75,14 @@ class copies_kept(Scope):
         self.copies = {id(weight): (weight, copy) for weight, copy in copies}
 
     def __enter__(self) -> None:
-        self._token = _kept.set(self.copies)
+        _kept.set((*_kept.get(), self.copies))
 
     def __exit__(self, *exc: object) -> None:
-        _kept.reset(self._token)
+        _kept.set(_kept.get()[:-1])
 
 
 def rounded(kernels, w: Array, dtype: np.dtype) -> Array:
-    """The weight `w` in the dtype of activations."""
-    kept = (_kept.get() or {}).get(id(w))
+    """The weight `w` in the dtype of activations: the copy that is kept of it, or a new one."""
+    blocks = _kept.get()
+    kept = blocks[-1].get(id(w)) if blocks else None
     return kept[1] if kept is not None and kept[1].dtype == dtype else kernels.cast(w, dtype)
